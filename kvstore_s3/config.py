@@ -1,0 +1,88 @@
+"""Settings, each with its default and meaning. The only place that reads the environment.
+
+Precedence: arguments (command-line flags) > `KVSTORE_S3_*` environment > `kvstore-s3.toml` in the working directory >
+the defaults below. Credentials are never settings: they come from the default AWS chain.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+MiB = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """All settings. Unknown names are refused, so that a typing error is not a silent default."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="KVSTORE_S3_", toml_file="kvstore-s3.toml", extra="forbid", frozen=True, env_ignore_empty=True
+    )
+
+    store: str | None = None
+    """URL of the store: file:///dir, s3://bucket/prefix or memory://."""
+
+    chunk_tokens: Annotated[int, Field(ge=16, le=65536, multiple_of=16)] = 256
+    """Tokens in a chunk. Part of the namespace: another value is another cache."""
+
+    layer_group: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Layers coded into one section: what is decoded while the next is on the wire."""
+
+    endpoint_url: str | None = None
+    """S3 endpoint, such as http://127.0.0.1:9000 for MinIO. None: AWS's own (or AWS_ENDPOINT_URL)."""
+
+    region: str | None = None
+    """S3 region. None: from the AWS chain, else us-east-1."""
+
+    path_style: bool = True
+    """Address buckets as endpoint/bucket (MinIO and most others) instead of bucket.endpoint."""
+
+    connect_timeout_s: Annotated[float, Field(gt=0, le=300)] = 3.0
+    """Seconds until a connection attempt is given up."""
+
+    read_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    """Seconds without a byte until a request is given up."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
+    """Attempts per request, the first included."""
+
+    multipart_bytes: Annotated[int, Field(ge=5 * MiB, le=1024 * MiB)] = 8 * MiB
+    """Objects larger than this are uploaded in parts of this size."""
+
+    upload_concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    """Parts of one object, and objects of one save, in flight at once; bounds a save's memory."""
+
+    download_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    """Range reads in flight at once."""
+
+    lookup_concurrency: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Heads in flight at once during a lookup."""
+
+    codec_threads: Annotated[int, Field(ge=0, le=256)] = 0
+    """Threads that encode and decode. 0: one for each core."""
+
+    verdict_lifetime_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    """Seconds for which an object found damaged or vanished is not offered again (unless a save mends it sooner)."""
+
+    cache_dir: Path = Field(default_factory=lambda: _default_cache_dir())
+    """Where digests of model weights are remembered between starts."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def _default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "kvstore-s3"
