@@ -5,6 +5,7 @@ Canonical layout of KV in this package: `[layer][K or V][token][kv head][dim]`, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -98,7 +99,10 @@ class KVLayout:
         if self.dtype not in DTYPES:
             raise InvalidArgumentError(f"KV dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         if self.attention != "full":
-            raise UnsupportedModelError(f"attention kind {self.attention!r} cannot be cut into prefix chunks; only 'full' can")
+            raise UnsupportedModelError(
+                f"attention kind {self.attention!r} cannot be cut into prefix chunks; only 'full' can"
+            )
+        object.__setattr__(self, "rope", freeze_rope(self.rope))
 
     @property
     def itemsize(self) -> int:
@@ -112,3 +116,41 @@ class KVLayout:
     def bytes_per_token(self) -> int:
         """Uncompressed bytes of K and V of one token over all layers and heads."""
         return self.layers * 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values: the layout's part of the namespace."""
+        return {
+            "layers": self.layers,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "attention": self.attention,
+            "rope": {name: list(value) if isinstance(value, tuple) else value for name, value in self.rope.items()},
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> KVLayout:
+        """Read what `to_json` gave. Raises `InvalidArgumentError` for missing, unknown or wrong fields."""
+        names = {"layers", "kv_heads", "head_dim", "dtype", "attention", "rope"}
+        if not isinstance(document, Mapping) or set(document) != names:
+            raise InvalidArgumentError(f"a layout is an object with the fields {sorted(names)}, not {document!r}")
+        return cls(**document)
+
+
+def freeze_rope(rope: object) -> Mapping[str, Any]:
+    """Return RoPE parameters as a read-only mapping of numbers, strings, bools and tuples of numbers."""
+    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_type"), str):
+        raise InvalidArgumentError(f"rope must be a mapping that has a 'rope_type', not {rope!r}")
+    return MappingProxyType({name: _freeze_rope_value(name, rope[name]) for name in sorted(rope)})
+
+
+def _freeze_rope_value(name: str, value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return tuple(_freeze_rope_value(name, item) for item in value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise InvalidArgumentError(
+        f"rope parameter {name!r} must be a finite number, a string, a bool or a list, not {value!r}"
+    )
