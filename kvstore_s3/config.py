@@ -59,6 +59,12 @@ class Settings(BaseSettings):
     download_concurrency: Annotated[int, Field(ge=1, le=256)] = 16
     """Range reads in flight at once."""
 
+    range_bytes: Annotated[int, Field(ge=64 * 1024, le=1024 * MiB)] = 8 * MiB
+    """Neighbouring sections of an object are fetched by one range read up to this size."""
+
+    buffer_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
+    """Budget of encoded bytes read and not yet decoded."""
+
     lookup_concurrency: Annotated[int, Field(ge=1, le=1024)] = 64
     """Heads in flight at once during a lookup."""
 

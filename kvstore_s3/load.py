@@ -1,0 +1,125 @@
+"""The load pipeline: range reads, checks and decoding of one hit, band of layers by band of layers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvstore_s3.bitstream import PARTS_K, PARTS_KV, Header, Identity, Section, SectionTable, parse_header
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.codec.registry import codec_for
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.transfer.buffers import BufferBudget
+from kvstore_s3.transfer.ranges import Band, band_range
+
+T = TypeVar("T")
+
+log = logging.getLogger("kvstore_s3")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """One object that a lookup found. `header` is None where only the hint in its metadata was read so far."""
+
+    object_key: str
+    identity: Identity
+    table: SectionTable
+    header: Header | None
+
+
+async def read_band(
+    chunks: Sequence[StoredChunk],
+    band: Band,
+    out: Bits,
+    *,
+    objects: ObjectStore,
+    buffers: BufferBudget,
+    slots: asyncio.Semaphore,
+    threads: Executor,
+    on_lost: Callable[[StoredChunk, Exception], None],
+) -> int:
+    """Read `band` of all `chunks` into `out` [layers of the band, 2, tokens, heads, dim]; return how many are good.
+
+    The count is of the unbroken prefix: a damaged or vanished object ends it, and `on_lost` hears of it. The values
+    after the prefix are undefined. Store failures are raised.
+    """
+    good = len(chunks)
+    tokens = out.shape[2] // max(len(chunks), 1)
+
+    async def read(index: int) -> None:
+        nonlocal good
+        chunk = chunks[index]
+        async with slots:
+            if index >= good:
+                return
+            try:
+                await _read_chunk(
+                    chunk, band, out[:, :, index * tokens : (index + 1) * tokens], objects, buffers, threads
+                )
+            except (DamagedObjectError, ObjectNotFoundError) as error:
+                good = min(good, index)
+                on_lost(chunk, error)
+
+    await run_all([read(index) for index in range(len(chunks))])
+    return good
+
+
+async def _read_chunk(
+    chunk: StoredChunk, band: Band, out: Bits, objects: ObjectStore, buffers: BufferBudget, threads: Executor
+) -> None:
+    found = band_range(chunk.table, band)
+    start = found.start if chunk.header else 0
+    async with buffers.lease(found.end - start) as buffer:
+        await objects.get_range(chunk.object_key, start, buffer)
+        await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
+
+
+def decode_range(
+    chunk: StoredChunk, sections: range, first_layer: int, start: int, data: memoryview, out: Bits
+) -> None:
+    """Verify and decode `sections` out of `data`, the object's bytes from `start` on (from 0 with the header in it)."""
+    header = chunk.header or parse_header(data, chunk.identity)
+    if header.table != chunk.table:
+        raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's index is not the one in its metadata")
+    for number in sections:
+        section = header.table.sections[number]
+        payload = header.verify(number, data[section.offset - start : section.end - start])
+        target = out[section.layer_begin - first_layer : section.layer_end - first_layer]
+        decode_section(section, payload, target, chunk.identity)
+
+
+def decode_section(section: Section, payload: memoryview, out: Bits, identity: Identity) -> None:
+    """Decode a verified payload into `out` [layers of the section, 2, tokens, heads, dim]."""
+    if section.parts != PARTS_KV:
+        out = out[:, 0:1] if section.parts == PARTS_K else out[:, 1:2]
+    codec = codec_for(section.codec, identity.layout.dtype)
+    codec.decode(payload, out, head_begin=0, section_heads=identity.shard.heads)
+
+
+async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -> T:
+    """Run `function` in a thread. A cancellation waits for its end, so that no thread writes into freed memory."""
+    future = asyncio.get_running_loop().run_in_executor(threads, function, *args)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
+
+
+async def run_all(work: Sequence[Awaitable[None]]) -> None:
+    """Await all of `work` at once; the first failure cancels the rest and is raised as it is, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for item in work:
+                group.create_task(_await(item))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def _await(item: Awaitable[None]) -> None:
+    await item

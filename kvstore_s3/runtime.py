@@ -1,0 +1,132 @@
+"""One asyncio thread for synchronous callers: `connect` gives KVStore's verbs, blocking."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvstore_s3.config import Settings
+from kvstore_s3.namespace import Namespace
+from kvstore_s3.store import Hit, KVStore, LayerGroup, Saved, TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """An event loop in a daemon thread. `close` cancels what is still running and waits for it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start `work` on the loop; cancelling the future cancels it there."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this runtime is closed; connect again")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` and wait. An interrupt (Ctrl-C) cancels it and waits until it has cleaned up."""
+        started: list[asyncio.Task[Any]] = []
+        future = self.submit(_note_task(work, started))
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel() or future.cancelled():
+                self.submit(_settle(started)).result()
+                work.close()
+            raise
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+
+class SyncKVStore:
+    """KVStore for synchronous callers; made by `connect`. Verbs may be called from any thread."""
+
+    def __init__(self, kv: KVStore, runtime: Runtime) -> None:
+        self.kv = kv
+        self.runtime = runtime
+
+    @property
+    def namespace(self) -> Namespace:
+        return self.kv.namespace
+
+    def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None) -> Hit:
+        return self.runtime.run(self.kv.lookup(token_ids, salt=salt))
+
+    def load(self, hit: Hit) -> torch.Tensor:
+        return self.runtime.run(self.kv.load(hit))
+
+    def stream(self, hit: Hit, *, first_token: int = 0) -> Iterator[LayerGroup]:
+        groups = self.kv.stream(hit, first_token=first_token)
+        try:
+            while (group := self.runtime.run(_next(groups))) is not None:
+                yield group
+        finally:
+            self.runtime.run(_close(groups))
+
+    def save(
+        self, token_ids: TokenIds, kv: torch.Tensor, *, salt: str | bytes | None = None, first_token: int = 0
+    ) -> Saved:
+        return self.runtime.run(self.kv.save(token_ids, kv, salt=salt, first_token=first_token))
+
+
+@contextmanager
+def connect(
+    url: str, namespace: Namespace, settings: Settings | None = None, *, probe: bool = True
+) -> Iterator[SyncKVStore]:
+    """Open a store for synchronous code: `with connect("file:///dir", namespace) as store: ...`.
+
+    The arguments and the errors are those of `KVStore.open`.
+    """
+    runtime = Runtime()
+    try:
+        kv = KVStore.open(url, namespace, settings, probe=probe)
+        runtime.run(kv.__aenter__())
+        try:
+            yield SyncKVStore(kv, runtime)
+        finally:
+            runtime.run(kv.__aexit__(None, None, None))
+    finally:
+        runtime.close()
+
+
+async def _note_task(work: Coroutine[Any, Any, T], started: list[asyncio.Task[Any]]) -> T:
+    started.extend(task for task in [asyncio.current_task()] if task)
+    return await work
+
+
+async def _settle(started: list[asyncio.Task[Any]]) -> None:
+    if started:
+        await asyncio.wait(started)
+
+
+async def _next(groups: AsyncIterator[LayerGroup]) -> LayerGroup | None:
+    return await anext(groups, None)
+
+
+async def _close(groups: AsyncGenerator[LayerGroup, None]) -> None:
+    await groups.aclose()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,389 @@
+"""KVStore: lookup, load, stream, save. The only place where keys, codec, transfer and object store meet."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvstore_s3.bitstream import (
+    HINT_NAME,
+    PARTS_KV,
+    Identity,
+    Payload,
+    SectionTable,
+    build_object,
+    decode_hint,
+    encode_hint,
+    parse_header,
+    read_header_length,
+)
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.codec.registry import encode_section
+from kvstore_s3.config import Settings
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
+from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
+from kvstore_s3.load import StoredChunk, in_thread, read_band, run_all
+from kvstore_s3.namespace import Namespace
+from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+from kvstore_s3.objectstore.open import open_store
+from kvstore_s3.transfer.buffers import BufferBudget
+from kvstore_s3.transfer.ranges import plan_bands
+
+log = logging.getLogger("kvstore_s3")
+
+_HEADER_GUESS = 4096
+"""Bytes read for a header whose length is not known: enough for 100 sections."""
+
+TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
+"""Token ids from 0 to 2**32 - 1: a list, a numpy array, or a tensor; shape [n] or [1, n]."""
+
+_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The longest stored prefix of a prompt: `chunks` whole chunks of `chunk_tokens` tokens. Falsy when nothing is."""
+
+    chunks: tuple[StoredChunk, ...]
+    chunk_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.chunks) * self.chunk_tokens
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks)
+
+    def cut(self, tokens: int) -> Hit:
+        """The hit's first whole chunks within `tokens` tokens."""
+        return Hit(self.chunks[: tokens // self.chunk_tokens], self.chunk_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a save did: chunks written, chunks that were there, bytes written."""
+
+    chunks_new: int
+    chunks_present: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """KV of layers `layer_begin` to `layer_end`: `kv` [layers, 2, tokens, kv_heads, head_dim].
+
+    `tokens` never grows from group to group; it shrinks when damage is met, and what earlier groups gave beyond it
+    must then be dropped.
+    """
+
+    layer_begin: int
+    layer_end: int
+    kv: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.kv.shape[2]
+
+
+class KVStore:
+    """KV caches of one namespace in one object store. Made by `open`; for one event loop.
+
+    Values are torch tensors on the CPU, in the layout's dtype and the canonical order [layer, K or V, token, kv head,
+    dim]. A damaged, missing, short or swapped object ends a hit before it; a store that does not answer raises a
+    `StoreError`.
+    """
+
+    def __init__(self, objects: ObjectStore, namespace: Namespace, settings: Settings, *, probe: bool) -> None:
+        self.namespace = namespace
+        self.settings = settings
+        self.objects = objects
+        self._probe = probe
+        self._threads = ThreadPoolExecutor(settings.codec_threads or os.cpu_count() or 1, "kvstore-s3-codec")
+        self._buffers = BufferBudget(settings.buffer_bytes)
+        self._downloads = asyncio.Semaphore(settings.download_concurrency)
+        self._uploads = asyncio.Semaphore(settings.upload_concurrency)
+        self._lost: dict[bytes, float] = {}
+        self._described = False
+
+    @classmethod
+    def open(cls, url: str, namespace: Namespace, settings: Settings | None = None, *, probe: bool = True) -> Self:
+        """Open `url` (file:///dir, s3://bucket/prefix, memory://) for `async with`.
+
+        Entering raises `StoreRefusedError` or `StoreUnavailableError` where the store cannot be used, unless `probe`
+        is False. A URL or setting that cannot work raises `InvalidArgumentError`.
+        """
+        settings = settings or Settings()
+        return cls(open_store(url, settings), namespace, settings, probe=probe)
+
+    async def __aenter__(self) -> Self:
+        if self._probe:
+            try:
+                await self.objects.probe()
+            except BaseException:
+                await self.close()
+                raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Release connections and threads. Safe to call twice."""
+        await self.objects.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None) -> Hit:
+        """The longest unbroken stored prefix of `token_ids`, in whole chunks.
+
+        Asks for all chunks at once, at most `lookup_concurrency` in flight; what lies behind the first miss is not
+        waited for any longer than what is in flight. Raises `StoreError` where the store does not answer.
+        """
+        keys = self._keys(token_ids, salt)
+        found = await self._find_all(keys, stop_at_miss=True)
+        length = next((index for index, chunk in enumerate(found) if chunk is None), len(found))
+        return Hit(tuple(chunk for chunk in found[:length] if chunk is not None), self.namespace.chunk_tokens)
+
+    async def load(self, hit: Hit) -> torch.Tensor:
+        """The hit's KV [layers, 2, tokens, kv_heads, head_dim], bit for bit what was saved.
+
+        Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone.
+        Raises `StoreError` where the store fails.
+        """
+        out = self._empty(self.namespace.layout.layers, hit.tokens)
+        tokens = hit.tokens
+        async for group in self._stream(hit.chunks, out):
+            tokens = group.tokens
+        return out[:, :, :tokens]
+
+    async def stream(self, hit: Hit, *, first_token: int = 0) -> AsyncGenerator[LayerGroup, None]:
+        """The hit's KV from `first_token` (a chunk boundary) on, group by group of layers in layer order.
+
+        The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does.
+        """
+        self._check_boundary(first_token)
+        async for group in self._stream(hit.chunks[first_token // self.namespace.chunk_tokens :], None):
+            yield group
+
+    async def save(
+        self, token_ids: TokenIds, kv: torch.Tensor, *, salt: str | bytes | None = None, first_token: int = 0
+    ) -> Saved:
+        """Store the whole chunks of `token_ids` that `kv` covers and that are not there yet.
+
+        `kv` [layers, 2, tokens, kv_heads, head_dim] in the layout's dtype holds the tokens from `first_token` (a chunk
+        boundary) on, and must not change until the call returns. An object found damaged before is replaced. Raises
+        `StoreError` where the store fails; what was written by then is whole and stays.
+        """
+        tokens = as_token_array(token_ids)
+        self._check_boundary(first_token)
+        bits = self._check_values(kv, len(tokens) - first_token)
+        size = self.namespace.chunk_tokens
+        first = first_token // size
+        keys = self._keys(tokens, salt)[first : first + bits.shape[2] // size]
+        found = await self._find_all(keys, stop_at_miss=False)
+        missing = [index for index, chunk in enumerate(found) if chunk is None]
+        if missing:
+            await self._describe_namespace()
+        written = 0
+
+        async def write(index: int) -> None:
+            nonlocal written
+            async with self._uploads:
+                size_written = await self._write_chunk(keys[index], bits[:, :, index * size : (index + 1) * size])
+                written += size_written
+
+        await run_all([write(index) for index in missing])
+        return Saved(len(missing), len(keys) - len(missing), written)
+
+    def _keys(self, token_ids: TokenIds, salt: str | bytes | None) -> list[bytes]:
+        return chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)
+
+    def _identity(self, key: bytes) -> Identity:
+        layout = self.namespace.layout
+        return Identity(self.namespace.digest, key, layout.full_shard, layout, self.namespace.chunk_tokens)
+
+    def _object_key(self, identity: Identity) -> str:
+        return f"{self.namespace.hex}/{identity.key.hex()}/{identity.shard.name}"
+
+    async def _find_all(self, keys: Sequence[bytes], *, stop_at_miss: bool) -> list[StoredChunk | None]:
+        """One answer for each key, in order. With `stop_at_miss`, keys behind the first miss may be answered None."""
+        found: list[StoredChunk | None] = [None] * len(keys)
+        limit = len(keys)
+        position = 0
+
+        async def work() -> None:
+            nonlocal limit, position
+            while position < limit:
+                index, position = position, position + 1
+                found[index] = await self._find(keys[index])
+                if found[index] is None and stop_at_miss:
+                    limit = min(limit, index)
+
+        await run_all([work() for _ in range(min(self.settings.lookup_concurrency, len(keys)))])
+        return found
+
+    async def _find(self, key: bytes) -> StoredChunk | None:
+        if self._is_lost(key):
+            return None
+        identity = self._identity(key)
+        object_key = self._object_key(identity)
+        info = await self.objects.head(object_key)
+        if info is None:
+            return None
+        try:
+            return await self._inspect(info, identity)
+        except (DamagedObjectError, ObjectNotFoundError) as error:
+            self._lose(StoredChunk(object_key, identity, SectionTable(0, ()), None), error)
+            return None
+
+    async def _inspect(self, info: ObjectInfo, identity: Identity) -> StoredChunk:
+        hint = info.metadata.get(HINT_NAME)
+        if hint is not None:
+            try:
+                table = decode_hint(hint, identity)
+            except DamagedObjectError:
+                pass  # a hint is only a hint: the header decides
+            else:
+                if table.object_length == info.size:
+                    return StoredChunk(info.key, identity, table, None)
+        data = bytearray(min(_HEADER_GUESS, info.size))
+        await self.objects.get_range(info.key, 0, memoryview(data))
+        length = read_header_length(data)
+        if length > len(data):
+            data = bytearray(min(length, info.size))
+            await self.objects.get_range(info.key, 0, memoryview(data))
+        header = parse_header(data, identity)
+        if header.table.object_length != info.size:
+            fault = (
+                BitstreamFault.TRUNCATED if info.size < header.table.object_length else BitstreamFault.TRAILING_BYTES
+            )
+            raise DamagedObjectError(fault, f"{info.size} bytes, the header says {header.table.object_length}")
+        return StoredChunk(info.key, identity, header.table, header)
+
+    async def _stream(
+        self, chunks: Sequence[StoredChunk], out: torch.Tensor | None
+    ) -> AsyncGenerator[LayerGroup, None]:
+        if not chunks:
+            return
+        size = self.namespace.chunk_tokens
+        good = len(chunks)
+        bands = plan_bands([chunk.table for chunk in chunks], self.settings.range_bytes)
+
+        def start(index: int) -> tuple[torch.Tensor, asyncio.Task[int]]:
+            band = bands[index]
+            whole = slice(band.layer_begin, band.layer_end)
+            kv = (
+                self._empty(band.layer_end - band.layer_begin, good * size)
+                if out is None
+                else out[whole, :, : good * size]
+            )
+            read = read_band(
+                chunks[:good],
+                band,
+                self._as_bits(kv),
+                objects=self.objects,
+                buffers=self._buffers,
+                slots=self._downloads,
+                threads=self._threads,
+                on_lost=self._lose,
+            )
+            return kv, asyncio.create_task(read)
+
+        kv, task = start(0)
+        try:
+            for index, band in enumerate(bands):
+                good = min(good, await task)
+                done = kv[:, :, : good * size]
+                if index + 1 < len(bands) and good:
+                    kv, task = start(index + 1)
+                yield LayerGroup(band.layer_begin, band.layer_end, done)
+                if not good:
+                    return
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _write_chunk(self, key: bytes, bits: Bits) -> int:
+        identity = self._identity(key)
+        data, table = await in_thread(self._threads, encode_object, identity, bits, self.settings.layer_group)
+        hint = encode_hint(table)
+        await self.objects.put(
+            self._object_key(identity),
+            memoryview(data),
+            metadata={HINT_NAME: hint} if hint else None,
+            replace=key in self._lost,
+        )
+        self._lost.pop(key, None)
+        return len(data)
+
+    async def _describe_namespace(self) -> None:
+        """Put the namespace's JSON beside the data, once, for people."""
+        if not self._described:
+            await self.objects.put(f"{self.namespace.hex}/namespace.json", self.namespace.to_json().encode("ascii"))
+            self._described = True
+
+    def _lose(self, chunk: StoredChunk, error: Exception) -> None:
+        key = chunk.identity.key
+        if not self._is_lost(key):
+            log.warning("%s is treated as a miss: %s", chunk.object_key, error)
+        self._lost[key] = time.monotonic() + self.settings.verdict_lifetime_s
+
+    def _is_lost(self, key: bytes) -> bool:
+        return self._lost.get(key, 0.0) > time.monotonic()
+
+    def _empty(self, layers: int, tokens: int) -> torch.Tensor:
+        layout = self.namespace.layout
+        shape = (layers, 2, tokens, layout.kv_heads, layout.head_dim)
+        return torch.empty(shape, dtype=getattr(torch, layout.dtype))
+
+    def _as_bits(self, kv: torch.Tensor) -> Bits:
+        bits: Bits = kv.view(_BITS[self.namespace.layout.itemsize]).numpy()
+        return bits
+
+    def _check_boundary(self, first_token: int) -> None:
+        if first_token < 0 or first_token % self.namespace.chunk_tokens:
+            raise InvalidArgumentError(
+                f"first_token {first_token} is not a multiple of chunk_tokens {self.namespace.chunk_tokens}"
+            )
+
+    def _check_values(self, kv: torch.Tensor, most: int) -> Bits:
+        layout = self.namespace.layout
+        expected = (layout.layers, 2, layout.kv_heads, layout.head_dim)
+        shape = tuple(kv.shape)
+        if len(shape) != 5 or (*shape[:2], *shape[3:]) != expected:
+            wanted = f"[{layout.layers}, 2, tokens, {layout.kv_heads}, {layout.head_dim}]"
+            raise InvalidArgumentError(f"kv has shape {list(shape)}; this namespace's layout is {wanted}")
+        if kv.dtype != getattr(torch, layout.dtype):
+            raise InvalidArgumentError(f"kv is {kv.dtype}; this namespace holds {layout.dtype}")
+        if shape[2] > max(most, 0):
+            raise InvalidArgumentError(
+                f"kv holds {shape[2]} tokens, but only {max(most, 0)} token ids follow first_token"
+            )
+        kv = kv.detach().cpu()
+        return self._as_bits(kv if _rows_contiguous(kv) else kv.contiguous())
+
+
+def encode_object(identity: Identity, bits: Bits, layer_group: int) -> tuple[bytearray, SectionTable]:
+    """Encode one chunk [layers, 2, tokens, heads, dim] into an object of sections of `layer_group` layers."""
+    payloads = []
+    shard = identity.shard
+    for begin in range(shard.layer_begin, shard.layer_end, layer_group):
+        end = min(begin + layer_group, shard.layer_end)
+        values = bits[begin - shard.layer_begin : end - shard.layer_begin]
+        codec_id, data = encode_section(values, identity.layout.dtype)
+        payloads.append(Payload(0, PARTS_KV, codec_id, begin, end, data))
+    return build_object(identity, payloads)
+
+
+def _rows_contiguous(kv: torch.Tensor) -> bool:
+    heads_stride, dim_stride = kv.stride()[3:]
+    return dim_stride == 1 and heads_stride == kv.shape[4]
