@@ -1,0 +1,68 @@
+# kvstore_s3: `make` alone lists what there is. Every target sets up what it needs; a second run installs nothing.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STORE ?= file
+MODEL ?=
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench clean
+
+help: ## this list
+	@echo "kvstore_s3: persistent LLM KV caches on object stores"
+	@echo
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort -s -k1,1 | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
+
+venv: $(VENV)/.installed ## build .venv: the package, its command line and its development needs
+
+$(VENV)/.installed: pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvstore_s3 needs Python 3.11 or newer; say which: make PYTHON=python3.12"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# uv installs in seconds what takes pip minutes, and shares one copy between checkouts; pip is the way without it.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv cannot be had; going on with pip"
+	@echo "building and installing kvstore_s3 into $(VENV) (torch is large: the first time takes minutes)"
+	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'; else $(BIN)/python -m pip install --quiet -e '.[dev]'; fi
+	@touch $@
+
+demo: venv ## warm documents, then ask about one from a new process (STORE=minio over S3, MODEL=dir or hub id)
+	@$(BIN)/python examples/demo.py --store $(STORE) $(if $(MODEL),--model $(MODEL))
+
+test: venv ## the tests that need nothing but Python, a C++ compiler, make and git
+	@$(BIN)/python -m pytest -m "not server and not engine"
+
+test-servers: venv ## the tests against real S3 servers: MinIO and versitygw (built with go where absent)
+	@$(BIN)/python -m pytest -m server
+
+test-engine: venv ## the tests against a real vLLM on the CPU, in an environment of its own
+	@.ci/engine-test
+
+check: venv ## format, lint, types, architecture
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: venv ## rewrite the sources the way `make check` wants them
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/clang-format -i $(CPP)
+
+minio: venv ## start a MinIO for development, print endpoint and credentials; Ctrl-C or `make minio-stop` ends it
+	@$(BIN)/python examples/minio_server.py
+
+minio-stop: venv ## stop the MinIO of `make minio`
+	@$(BIN)/python examples/minio_server.py --stop
+
+bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
+	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+clean: ## remove what was built, but no stored data
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
