@@ -16,6 +16,9 @@ MAX_METADATA_BYTES = 2000
 """Names and values together, the limit that S3 servers share (2 KB less their own names)."""
 
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*)*", re.ASCII)
+_PREFIX = re.compile(r"([a-z0-9][a-z0-9._-]*/)*([a-z0-9][a-z0-9._-]*)?", re.ASCII)
+_METADATA_NAME = re.compile(r"[a-z0-9][a-z0-9-]*", re.ASCII)
+_METADATA_VALUE = re.compile(r"[!-~]+( [!-~]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,22 @@ class ObjectStore(Protocol):
     def url(self) -> str:
         """The URL it was opened with, without credentials."""
 
+    async def probe(self) -> None:
+        """Find out early, with one cheap request, that the store can be used as it was configured.
+
+        Raises `StoreUnavailableError` (endpoint, network) or `StoreRefusedError` (credentials, permission, bucket, a
+        path that is no directory), with a message that says what to do. Creates nothing.
+        """
+
     async def put(
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
     ) -> bool:
         """Write an object atomically. True: created; False: one was already there and was left alone.
 
         With `replace`, an existing object is replaced and the answer is True. `data` must not change until the call
-        returns. `metadata` is a hint of lower-case ASCII names and values, `MAX_METADATA_BYTES` in all; a store that
-        cannot keep it (a file system without extended attributes) drops it.
+        returns. `metadata` is a hint (see `check_metadata`); a store that cannot keep it, such as a file system without
+        extended attributes, drops it. After a lost acknowledgement and a retry, False may mean that this very call
+        created the object.
         """
 
     async def head(self, key: str) -> ObjectInfo | None:
@@ -60,7 +71,10 @@ class ObjectStore(Protocol):
         """
 
     def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
-        """All objects whose key starts with `prefix`, in no particular order, without metadata."""
+        """All objects whose key starts with `prefix`, in no particular order, without metadata.
+
+        Foreign objects, whose names `check_key` would refuse, are left out.
+        """
 
     async def delete(self, key: str) -> None:
         """Remove an object; one that is not there is no error."""
@@ -74,6 +88,54 @@ def check_key(key: str) -> str:
 
     No part starts with a dot, so no key can name a temporary file, a hidden file or a parent directory.
     """
-    if len(key) > 512 or _KEY.fullmatch(key) is None:
-        raise InvalidArgumentError(f"{key[:80]!r} is not an object key: use lower-case letters, digits, '.', '_', '-' and '/'")
+    if not is_key(key):
+        raise InvalidArgumentError(
+            f"{key[:80]!r} is not an object key: use lower-case letters, digits, '.', '_', '-' and '/'"
+        )
     return key
+
+
+def is_key(name: str) -> bool:
+    """Whether `check_key` would accept `name`."""
+    return len(name) <= 512 and _KEY.fullmatch(name) is not None
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix` if a key could start with it; "" stands for all keys."""
+    if len(prefix) > 512 or _PREFIX.fullmatch(prefix) is None:
+        raise InvalidArgumentError(f"{prefix[:80]!r} is not the beginning of an object key")
+    return prefix
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return a copy of `metadata` if it survives a journey through HTTP headers unchanged.
+
+    Names are lower-case letters, digits and '-'; values are printable ASCII, not empty, with single spaces inside.
+    """
+    copy = dict(metadata or {})
+    for name, value in copy.items():
+        if _METADATA_NAME.fullmatch(name) is None:
+            raise InvalidArgumentError(f"metadata name {name[:80]!r}: use lower-case letters, digits and '-'")
+        if _METADATA_VALUE.fullmatch(value) is None:
+            raise InvalidArgumentError(f"metadata value of {name!r}: use printable ASCII without spaces at the ends")
+    size = sum(len(name) + len(value) for name, value in copy.items())
+    if size > MAX_METADATA_BYTES:
+        raise InvalidArgumentError(f"metadata has {size} bytes; at most {MAX_METADATA_BYTES} are kept by every store")
+    return copy
+
+
+def view_source(data: Buffer) -> memoryview:
+    """Return a flat view of the bytes to write, without copying."""
+    view = memoryview(data)
+    if not view.c_contiguous:
+        raise InvalidArgumentError("data to store must be contiguous")
+    return view.cast("B")
+
+
+def view_target(start: int, into: memoryview) -> memoryview:
+    """Return a flat view of the buffer to fill, if a range that begins at `start` can be read into it."""
+    if start < 0:
+        raise InvalidArgumentError(f"a range cannot start at {start}")
+    if into.readonly or not into.c_contiguous:
+        raise InvalidArgumentError("the buffer to read into must be writable and contiguous")
+    return into.cast("B")

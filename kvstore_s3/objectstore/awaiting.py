@@ -1,0 +1,31 @@
+"""Awaiting what must not be left half-done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | None = None) -> T:
+    """Await to the end even when cancelled meanwhile; the cancellation is raised only then.
+
+    For work that goes on whether it is awaited or not (a thread that writes into the caller's buffer), and for
+    cleaning up (an abort that must reach the server). `on_cancel` may ask the work to end sooner.
+    """
+    future = asyncio.ensure_future(awaitable)
+    cancellation: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancellation = error
+            if on_cancel is not None:
+                on_cancel()
+    if cancellation is None:
+        return future.result()
+    if not future.cancelled():
+        future.exception()  # marks it as seen: the cancellation counts for more
+    raise cancellation

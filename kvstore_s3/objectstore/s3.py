@@ -1,0 +1,167 @@
+"""s3://bucket/prefix: S3 and servers that speak it, on aiobotocore.
+
+Keys lie below the prefix. Credentials come from the default AWS chain and appear in no message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from kvstore_s3.config import Settings
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.objectstore.base import (
+    Buffer,
+    ObjectInfo,
+    check_key,
+    check_metadata,
+    check_prefix,
+    is_key,
+    view_source,
+    view_target,
+)
+from kvstore_s3.objectstore.s3_client import Answer, S3Client
+from kvstore_s3.objectstore.s3_errors import ObjectExistsError, Target
+from kvstore_s3.objectstore.s3_multipart import MultipartUpload
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)", re.ASCII)
+_BUCKET_TRUST_S = 60.0
+"""For so long after the bucket was seen, a bodyless 404 is a missing object and not a missing bucket."""
+
+
+class S3Store:
+    """An `ObjectStore` in a bucket, below `prefix` ("" for none)."""
+
+    def __init__(self, bucket: str, prefix: str, settings: Settings) -> None:
+        self._bucket = bucket
+        self._base = f"{prefix}/" if prefix else ""
+        self._multipart_bytes = settings.multipart_bytes
+        self._client = S3Client(Target(self.url, bucket, settings.endpoint_url or "AWS"), settings)
+        self._slots = asyncio.Semaphore(settings.upload_concurrency)
+        self._multipart = MultipartUpload(
+            self._client,
+            self._slots,
+            part_bytes=settings.multipart_bytes,
+            workers=settings.upload_concurrency,
+            attempts=settings.max_attempts,
+        )
+        self._probing = asyncio.Lock()
+        self._bucket_seen: float | None = None
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self._bucket}/{self._base}".removesuffix("/")
+
+    async def probe(self) -> None:
+        # A listing, because a refused HEAD has no body that would say why.
+        await self._client.call("list_objects_v2", {"Bucket": self._bucket, "Prefix": self._base, "MaxKeys": 1})
+        self._bucket_seen = time.monotonic()
+
+    async def put(
+        self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
+    ) -> bool:
+        name = self._name(key)
+        source, kept = view_source(data), check_metadata(metadata)
+        if len(source) <= self._multipart_bytes:
+            return await self._put_whole(name, source, kept, replace=replace)
+        if not replace and await self.head(key) is not None:
+            return False  # Complete would find out too, but after all the bytes were sent
+        return await self._multipart.put(name, source, kept, replace=replace)
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        try:
+            answer = await self._client.call("head_object", self._name(key))
+        except ObjectNotFoundError:
+            await self._confirm_bucket()
+            return None
+        self._bucket_seen = time.monotonic()
+        return ObjectInfo(key, int(answer["ContentLength"]), dict(answer["Metadata"]))
+
+    async def get_range(self, key: str, start: int, into: memoryview) -> None:
+        name, target = self._name(key), view_target(start, into)
+        if not target:
+            return await self._check_start(key, start)
+
+        async def consume(answer: Answer) -> None:
+            async with answer["Body"] as body:
+                _check_answer(answer, key, start, len(target))
+                filled = 0
+                while filled < len(target):
+                    count = await body.readinto(target[filled:])
+                    if not count:
+                        raise ConnectionResetError(f"the answer ended after {filled} of {len(target)} bytes")
+                    filled += count
+
+        arguments = {**name, "Range": f"bytes={start}-{start + len(target) - 1}"}
+        await self._client.call("get_object", arguments, consume=consume, transfer=len(target))
+        return None
+
+    async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        query = {"Bucket": self._bucket, "Prefix": self._base + check_prefix(prefix)}
+        while True:
+            page = await self._client.call("list_objects_v2", query)
+            for found in page.get("Contents", ()):
+                key = found["Key"].removeprefix(self._base)
+                if is_key(key):
+                    yield ObjectInfo(key, int(found["Size"]))
+            if not page.get("IsTruncated"):
+                return
+            query["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def delete(self, key: str) -> None:
+        try:
+            await self._client.call("delete_object", self._name(key))
+        except ObjectNotFoundError:
+            await self._confirm_bucket()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _name(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._base + check_key(key)}
+
+    async def _put_whole(
+        self, name: Mapping[str, str], source: memoryview, metadata: dict[str, str], *, replace: bool
+    ) -> bool:
+        arguments: dict[str, object] = {**name, "Metadata": metadata}
+        if not replace:
+            arguments["IfNoneMatch"] = "*"
+        async with self._slots:
+            try:
+                await self._client.call("put_object", arguments, body=source, transfer=len(source))
+            except ObjectExistsError:
+                return False
+        return True
+
+    async def _check_start(self, key: str, start: int) -> None:
+        """An empty range cannot be asked for; it is there if the object reaches up to its start."""
+        info = await self.head(key)
+        if info is None:
+            raise ObjectNotFoundError(f"{self.url}: there is no object {key}")
+        if info.size < start:
+            raise DamagedObjectError(
+                BitstreamFault.TRUNCATED, f"{self.url}: {key} ends at byte {info.size}, {start} were expected"
+            )
+
+    async def _confirm_bucket(self) -> None:
+        """Raise if the bucket is gone: the 404 of a HEAD does not tell a missing object from a missing bucket."""
+        async with self._probing:
+            seen = self._bucket_seen
+            if seen is None or time.monotonic() - seen > _BUCKET_TRUST_S:
+                await self.probe()
+
+
+def _check_answer(answer: Answer, key: str, start: int, length: int) -> None:
+    """Refuse an answer that is not the `length` bytes from `start`: servers shorten a range and call it success."""
+    status = answer["ResponseMetadata"]["HTTPStatusCode"]
+    found = str(answer.get("ContentRange", ""))
+    match = _CONTENT_RANGE.fullmatch(found)
+    wanted = (start, start + length - 1)
+    span = (int(match[1]), int(match[2])) if match else None
+    if status != 206 or span != wanted or answer.get("ContentLength") != length:
+        raise DamagedObjectError(
+            BitstreamFault.TRUNCATED,
+            f"{key}: bytes {wanted[0]}-{wanted[1]} were asked for; the answer is {status} {found or 'without a range'}",
+        )

@@ -1,0 +1,130 @@
+"""Multipart upload: parts in flight within a bound, complete if absent, and an abort whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreRefusedError, StoreUnavailableError
+from kvstore_s3.objectstore.awaiting import finish
+from kvstore_s3.objectstore.s3_client import S3Client
+from kvstore_s3.objectstore.s3_errors import ConflictError, ObjectExistsError
+
+_MiB = 1024 * 1024
+_MAX_PARTS = 10_000
+
+
+class Part(NamedTuple):
+    """One part to upload: S3 counts from 1; `data` is a view of the caller's buffer."""
+
+    number: int
+    data: memoryview
+
+
+def split_parts(data: memoryview, part_bytes: int) -> Iterator[Part]:
+    """Cut `data` into parts of `part_bytes`, or larger ones (whole MiB) where S3's limit of 10,000 calls for it."""
+    least = -(-len(data) // _MAX_PARTS)
+    size = max(part_bytes, -(-least // _MiB) * _MiB)
+    for number, begin in enumerate(range(0, len(data), size), start=1):
+        yield Part(number, data[begin : begin + size])
+
+
+class MultipartUpload:
+    """Uploads objects in parts. `slots` bounds the parts in flight, and with them the memory, over all uploads."""
+
+    def __init__(self, client: S3Client, slots: asyncio.Semaphore, *, part_bytes: int, workers: int, attempts: int):
+        self._client = client
+        self._slots = slots
+        self._part_bytes = part_bytes
+        self._workers = workers
+        self._attempts = attempts
+
+    async def put(
+        self, name: Mapping[str, str], data: memoryview, metadata: Mapping[str, str], *, replace: bool
+    ) -> bool:
+        """Upload `data` to `name` (Bucket and Key). False where the object exists and is to be left alone."""
+        for _ in range(self._attempts - 1):
+            try:
+                return await self._put_once(name, data, metadata, replace=replace)
+            except ConflictError:
+                continue  # S3 wants the whole upload again, from its Create
+        return await self._put_once(name, data, metadata, replace=replace)
+
+    async def _put_once(
+        self, name: Mapping[str, str], data: memoryview, metadata: Mapping[str, str], *, replace: bool
+    ) -> bool:
+        upload = {**name, "UploadId": await self._create(name, metadata)}
+        try:
+            parts = await self._upload_parts(upload, data)
+            return await self._complete(upload, parts, replace=replace)
+        except ObjectExistsError:
+            await finish(self._abort(upload))
+            return False
+        except BaseException:  # cancelled, too: what was begun must be aborted before anyone hears of it
+            await finish(self._abort(upload))
+            raise
+
+    async def _create(self, name: Mapping[str, str], metadata: Mapping[str, str]) -> str:
+        """Begin an upload. It is awaited to its end: a cancelled request might leave an upload without a known id."""
+        task = asyncio.ensure_future(self._client.call("create_multipart_upload", {**name, "Metadata": metadata}))
+        try:
+            return str((await finish(task))["UploadId"])
+        except asyncio.CancelledError:
+            if not task.cancelled() and task.exception() is None:
+                await finish(self._abort({**name, "UploadId": str(task.result()["UploadId"])}))
+            raise
+
+    async def _upload_parts(self, upload: Mapping[str, str], data: memoryview) -> list[dict[str, object]]:
+        pending = split_parts(data, self._part_bytes)
+        done: dict[int, str] = {}
+
+        async def work() -> None:
+            for part in pending:
+                async with self._slots:
+                    arguments = {**upload, "PartNumber": part.number}
+                    answer = await self._client.call("upload_part", arguments, body=part.data, transfer=len(part.data))
+                done[part.number] = answer["ETag"]
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._workers, -(-len(data) // self._part_bytes))):
+                    group.create_task(work())
+        except BaseExceptionGroup as failed:
+            raise _first(failed) from failed
+        return [{"PartNumber": number, "ETag": done[number]} for number in sorted(done)]
+
+    async def _complete(self, upload: Mapping[str, str], parts: list[dict[str, object]], *, replace: bool) -> bool:
+        arguments: dict[str, object] = {**upload, "MultipartUpload": {"Parts": parts}}
+        if not replace:
+            arguments["IfNoneMatch"] = "*"
+        try:
+            await self._client.call("complete_multipart_upload", arguments, retry_conflict=False)
+        except ObjectNotFoundError as error:
+            # The upload is gone: aborted by somebody's janitor, or completed by an attempt whose answer was lost.
+            if replace:
+                raise ConflictError(str(error)) from error
+            return await self._find(upload, error)
+        return True
+
+    async def _find(self, upload: Mapping[str, str], gone: ObjectNotFoundError) -> bool:
+        try:
+            await self._client.call("head_object", {"Bucket": upload["Bucket"], "Key": upload["Key"]})
+        except ObjectNotFoundError:
+            raise ConflictError(str(gone)) from gone
+        return True
+
+    async def _abort(self, upload: Mapping[str, str]) -> None:
+        try:
+            await self._client.call("abort_multipart_upload", upload)
+        except (ObjectNotFoundError, StoreUnavailableError, StoreRefusedError):
+            return  # it is gone already; or the server is, and the bucket's lifecycle rule must do it
+
+
+def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to report of several tasks that failed at once: one of ours before any other."""
+    ours, others = failed.split(KVStoreError)
+    leaf: BaseException | None = ours if ours is not None else others
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = leaf.exceptions[0]
+    return leaf or failed
