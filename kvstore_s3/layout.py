@@ -5,7 +5,6 @@ Canonical layout of KV in this package: `[layer][K or V][token][kv head][dim]`, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,16 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvstore_s3.errors import InvalidArgumentError, UnsupportedModelError
+from kvstore_s3.families import (
+    Family,
+    find_family,
+    read_rotated_layers,
+    read_shape,
+    refuse_by_fields,
+    refuse_window,
+    select_text_config,
+)
+from kvstore_s3.rope import NO_ROPE, freeze_rope, normalize_rope
 
 
 class DType(NamedTuple):
@@ -89,7 +98,7 @@ class KVLayout:
     head_dim: int
     dtype: str
     attention: str = "full"
-    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "none"}, hash=False)
+    rope: Mapping[str, Any] = field(default_factory=lambda: NO_ROPE, hash=False)
 
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
@@ -103,6 +112,28 @@ class KVLayout:
                 f"attention kind {self.attention!r} cannot be cut into prefix chunks; only 'full' can"
             )
         object.__setattr__(self, "rope", freeze_rope(self.rope))
+
+    @classmethod
+    def from_config(cls, config: Any, *, dtype: Any = None) -> KVLayout:
+        """Return the layout of a transformers config object, or of the parsed dict of a config.json.
+
+        `dtype` is the KV element type: a torch dtype or its name; None takes the config's own. The config of the
+        language model counts where the model is multimodal. Raises `UnsupportedModelError`, naming the reason, for
+        models whose cache cannot be cut at any token, for model types not in `families.FAMILIES` (give the fields
+        yourself there), and for shapes that the config does not tell; `InvalidArgumentError` for dtypes.
+        """
+        document = config if isinstance(config, Mapping) else _to_dict(config)
+        refuse_by_fields(document, str(document.get("model_type")))
+        model_type, text = select_text_config(document)
+        refuse_by_fields(text, model_type)
+        family = find_family(model_type)
+        refuse_window(text, model_type, family)
+        shape = read_shape(text, model_type, family)
+        return cls(
+            **shape,
+            dtype=dtype_name(dtype) if dtype is not None else _config_dtype(text, document),
+            rope=_read_rope(text, model_type, family, shape["layers"]),
+        )
 
     @property
     def itemsize(self) -> int:
@@ -137,20 +168,37 @@ class KVLayout:
         return cls(**document)
 
 
-def freeze_rope(rope: object) -> Mapping[str, Any]:
-    """Return RoPE parameters as a read-only mapping of numbers, strings, bools and tuples of numbers."""
-    if not isinstance(rope, Mapping) or not isinstance(rope.get("rope_type"), str):
-        raise InvalidArgumentError(f"rope must be a mapping that has a 'rope_type', not {rope!r}")
-    return MappingProxyType({name: _freeze_rope_value(name, rope[name]) for name in sorted(rope)})
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a KV dtype, a key of `DTYPES`, for a torch dtype or a name such as "bfloat16"."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InvalidArgumentError(f"KV dtype {name!r} is unknown; use one of {', '.join(DTYPES)}")
+    return name
 
 
-def _freeze_rope_value(name: str, value: object) -> object:
-    if isinstance(value, (list, tuple)):
-        return tuple(_freeze_rope_value(name, item) for item in value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise InvalidArgumentError(
-        f"rope parameter {name!r} must be a finite number, a string, a bool or a list, not {value!r}"
+def _to_dict(config: Any) -> Mapping[str, Any]:
+    to_dict = getattr(config, "to_dict", None)
+    document = to_dict() if callable(to_dict) else None
+    if not isinstance(document, Mapping):
+        raise InvalidArgumentError(
+            f"give a transformers config or the dict of a config.json, not {type(config).__name__}"
+        )
+    return document
+
+
+def _config_dtype(*configs: Mapping[str, Any]) -> str:
+    for config in configs:
+        dtype = config.get("dtype") or config.get("torch_dtype")
+        if dtype is not None:
+            return dtype_name(dtype)
+    raise InvalidArgumentError('the config names no dtype; pass dtype=, such as dtype="bfloat16"')
+
+
+def _read_rope(text: Mapping[str, Any], model_type: str, family: Family, layers: int) -> Mapping[str, Any]:
+    if not family.rope:
+        return NO_ROPE
+    rope = normalize_rope(
+        text, model_type, theta=family.theta, partial=family.partial, multimodal=family.multimodal_rope
     )
+    rotated = read_rotated_layers(text, family, layers)
+    return rope if rotated is None else freeze_rope({**rope, "no_rope_layers": rotated})

@@ -10,12 +10,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.hub import find_model_directory
 from kvstore_s3.layout import KVLayout
+from kvstore_s3.weights import read_json, weights_digest
 
 FORMAT = 1
 """Version of keys and namespaces, inside the JSON. Another version shares nothing with this one."""
@@ -112,6 +115,70 @@ class Namespace:
         if set(document) != names:
             raise InvalidArgumentError(f"a namespace has the fields {sorted(names)}, not {sorted(document)}")
         return cls(**{**document, "layout": KVLayout.from_json(document["layout"])})
+
+    @classmethod
+    def from_model(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        dtype: Any = None,
+        chunk_tokens: int = 256,
+        revision: str | None = None,
+        lora: str | Path | None = None,
+        variant: str | None = None,
+        cache_dir: Path | None = None,
+        layout: KVLayout | None = None,
+    ) -> Namespace:
+        """Return the namespace of a model directory or hub id: the same one from every engine, wherever it lies.
+
+        config.json is read here and never through an engine. `model` is its first architecture; `revision` is
+        "weights:" and `weights.weights_digest` of the directory, unless given: for a directory any text that changes
+        with the weights, for a hub id a commit hash, which is then also what is fetched. With a given revision, no
+        weights are read. The digests of weights are remembered in `cache_dir` (default: `Settings.cache_dir`), so
+        that only the first start reads them; see `weights_digest`.
+
+        `dtype` is the KV dtype (torch dtype or name; default: the config's). `lora` is the directory of an adapter,
+        whose content enters the namespace. `layout` is for models that `KVLayout.from_config` does not know.
+
+        Blocking: it reads the disk, and for a hub id the network. While `main` of a hub id can move, load the model
+        from `hub.find_model_directory(...)`, not by its id. Raises `InvalidArgumentError`, `UnsupportedModelError`.
+        """
+        directory = find_model_directory(path_or_hub_id, commit=revision, weights=revision is None)
+        config = read_json(directory / "config.json")
+        layout = layout or KVLayout.from_config(config, dtype=dtype)
+        cache_dir = cache_dir or _default_cache_dir()
+        return cls(
+            model=_model_name(config),
+            revision=revision or _content_revision(directory, cache_dir),
+            layout=layout,
+            chunk_tokens=chunk_tokens,
+            lora=None if lora is None else _content_revision(_adapter_directory(lora), cache_dir),
+            variant=variant,
+        )
+
+
+def _content_revision(directory: Path, cache_dir: Path) -> str:
+    return f"weights:{weights_digest(directory, cache_dir)}"
+
+
+def _adapter_directory(lora: str | Path) -> Path:
+    if not Path(lora).is_dir():
+        raise InvalidArgumentError(f"lora must be the directory of an adapter (adapter_config.json), not {str(lora)!r}")
+    return Path(lora)
+
+
+def _model_name(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
+    if not isinstance(name, str):
+        raise InvalidArgumentError(f"the config names no architecture or model_type, found {name!r}")
+    return name
+
+
+def _default_cache_dir() -> Path:
+    from kvstore_s3.config import Settings  # here, so that pure users of namespaces read no settings
+
+    return Settings().cache_dir
 
 
 def _parse_document(text: str | bytes) -> dict[str, Any]:
