@@ -29,13 +29,12 @@ class Runtime:
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Start `work` on the loop; cancelling the future cancels it there."""
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("this runtime is closed; connect again")
+        self._check_open(work)
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` and wait. An interrupt (Ctrl-C) cancels it and waits until it has cleaned up."""
+        self._check_open(work)
         started: list[asyncio.Task[Any]] = []
         future = self.submit(_note_task(work, started))
         try:
@@ -54,6 +53,11 @@ class Runtime:
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
+
+    def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this runtime is closed; connect again")
 
 
 class SyncKVStore:

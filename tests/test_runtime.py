@@ -1,0 +1,84 @@
+"""The blocking face of KVStore."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore_s3 import KVLayout, Namespace, connect
+from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.runtime import Runtime
+
+LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="bfloat16")
+NAMESPACE = Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=16)
+
+
+def test_the_verbs_block_and_return(tmp_path: Path) -> None:
+    kv = torch.randn(2, 2, 32, 1, 8).bfloat16()
+    with connect(tmp_path.as_uri(), NAMESPACE) as store:
+        assert store.save(range(32), kv).chunks_new == 2
+        hit = store.lookup(torch.arange(40))
+        assert hit.tokens == 32
+        assert torch.equal(store.load(hit), kv)
+        assert torch.equal(torch.cat([group.kv for group in store.stream(hit, first_token=16)]), kv[:, :, 16:])
+        assert store.namespace is NAMESPACE
+
+
+def test_errors_reach_the_caller(tmp_path: Path) -> None:
+    with connect(tmp_path.as_uri(), NAMESPACE) as store, pytest.raises(InvalidArgumentError):
+        store.lookup([-1] * 16)
+
+
+def test_leaving_ends_the_thread(tmp_path: Path) -> None:
+    with connect(tmp_path.as_uri(), NAMESPACE) as store:
+        thread = store.runtime._thread
+        assert thread.is_alive()
+    assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        store.lookup(range(16))
+
+
+def test_a_stream_that_is_dropped_is_closed(tmp_path: Path) -> None:
+    with connect(tmp_path.as_uri(), NAMESPACE) as store:
+        store.save(range(32), torch.zeros(2, 2, 32, 1, 8, dtype=torch.bfloat16))
+        for _ in store.stream(store.lookup(range(32))):
+            break
+        assert store.kv._buffers.leased == 0
+
+
+def test_an_interrupt_cancels_the_work_and_waits_for_its_end() -> None:
+    runtime = Runtime()
+    running = threading.Event()
+    cleaned = threading.Event()
+
+    async def work() -> None:
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.to_thread(time.sleep, 0.05)
+            cleaned.set()
+
+    def interrupt() -> None:
+        running.wait()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        runtime.run(work())
+    assert cleaned.is_set()
+    runtime.close()
+
+
+def test_closing_cancels_what_still_runs() -> None:
+    runtime = Runtime()
+    future = runtime.submit(asyncio.Event().wait())
+    runtime.close()
+    runtime.close()
+    assert future.cancelled()
