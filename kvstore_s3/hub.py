@@ -61,6 +61,7 @@ def _download(name: str, commit: str | None, patterns: list[str]) -> Path:
 def _import_hub(name: str) -> tuple[Any, tuple[type[Exception], ...]]:
     try:
         import huggingface_hub
+        import huggingface_hub.errors
     except ImportError as error:
         raise InvalidArgumentError(
             f"there is no directory {name!r}; to take it for a hub id, install huggingface_hub"

@@ -105,7 +105,7 @@ class KVLayout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
                 raise InvalidArgumentError(f"{name} must be an integer from 1 to {limit}, not {value!r}")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise InvalidArgumentError(f"KV dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
         if self.attention != "full":
             raise UnsupportedModelError(

@@ -138,18 +138,21 @@ class Namespace:
         that only the first start reads them; see `weights_digest`.
 
         `dtype` is the KV dtype (torch dtype or name; default: the config's). `lora` is the directory of an adapter,
-        whose content enters the namespace. `layout` is for models that `KVLayout.from_config` does not know.
+        whose content enters the namespace. `layout` (instead of `dtype`) is for models that
+        `KVLayout.from_config` does not know.
 
         Blocking: it reads the disk, and for a hub id the network. While `main` of a hub id can move, load the model
         from `hub.find_model_directory(...)`, not by its id. Raises `InvalidArgumentError`, `UnsupportedModelError`.
         """
+        if layout is not None and dtype is not None:
+            raise InvalidArgumentError("give dtype or layout, not both: a layout has its own dtype")
         directory = find_model_directory(path_or_hub_id, commit=revision, weights=revision is None)
         config = read_json(directory / "config.json")
         layout = layout or KVLayout.from_config(config, dtype=dtype)
         cache_dir = cache_dir or _default_cache_dir()
         return cls(
             model=_model_name(config),
-            revision=revision or _content_revision(directory, cache_dir),
+            revision=_content_revision(directory, cache_dir) if revision is None else revision,
             layout=layout,
             chunk_tokens=chunk_tokens,
             lora=None if lora is None else _content_revision(_adapter_directory(lora), cache_dir),

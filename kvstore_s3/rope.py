@@ -112,9 +112,15 @@ def _first(*values: Any) -> Any:
 
 def _freeze_value(name: str, value: object) -> object:
     if isinstance(value, (list, tuple)):
-        return tuple(_freeze_value(name, item) for item in value)
+        return tuple(_freeze_scalar(name, item) for item in value)
+    return _freeze_scalar(name, value)
+
+
+def _freeze_scalar(name: str, value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise InvalidArgumentError(f"rope parameter {name!r} must be a finite number, string, bool or list, not {value!r}")
+    raise InvalidArgumentError(
+        f"rope parameter {name!r} must be a finite number, string or bool, or a list of them, not {value!r}"
+    )

@@ -106,7 +106,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _canonical_config(path: Path) -> object:
-    return _without_ignored(read_json(path))
+    try:
+        return _without_ignored(read_json(path))
+    except RecursionError as error:
+        raise InvalidArgumentError(f"{path} is nested too deeply; this is no model's config") from error
 
 
 def _without_ignored(value: Any) -> Any:
