@@ -1,0 +1,197 @@
+"""The verbs and their options. Parsing is apart from work: a verb returns what is to be run, and `run` runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore_s3.cli import exits, options
+from kvstore_s3.cli.output import Report, print_failure, print_report
+from kvstore_s3.errors import KVStoreError
+
+Work = Callable[[], Report]
+
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+"""Comes from click or from typer's own copy of click, by typer's version; what is caught is the base class."""
+
+app = typer.Typer(
+    name="kvstore-s3",
+    help="Persistent LLM KV caches on object stores.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 some of it failed, 2 usage, 3 store not reachable or refused, 4 damaged data found. "
+    "Settings: flags, then KVSTORE_S3_* in the environment, then kvstore-s3.toml, then defaults.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Persistent LLM KV caches on object stores: warm documents once, hit them from any engine."""
+
+
+@app.command(short_help="Prefill documents and store their KV cache.")
+def warm(
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOCS...",
+            help="Directories (.txt .md .rst .jsonl .ndjson, hidden ones left out), globs, files, JSONL files, "
+            "- for standard input.",
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="M", help="Model directory or hub id.")],
+    store: options.Store = None,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    profile: Annotated[str, typer.Option(help="Quality; only 'lossless' exists.")] = "lossless",
+    prefix_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="System prompt in front of every document.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Through the model's chat template.")] = False,
+    chat_argument: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Variable of the chat template, VALUE as JSON or text; repeatable."),
+    ] = None,
+    jsonl_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field of a JSONL line; default text, else messages.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="KV dtype, such as bfloat16 (default: the model's own).")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens in a chunk; part of the cache's identity.")
+    ] = None,
+    salt: Annotated[str | None, typer.Option(help="Cache salt: same tokens, separate cache.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be stored; no weights are loaded.")
+    ] = False,
+    json: options.Json = False,
+) -> Work:
+    """Prefill documents and store their KV cache, so that a later request that starts with one of them hits.
+
+    What is stored already is skipped. An interrupted run leaves nothing half-made; the next one goes on.
+    """
+
+    def work() -> Report:
+        from kvstore_s3.cli.warm import WarmOptions, warm_documents
+
+        settings = options.load_settings(
+            store=store, endpoint_url=endpoint_url, region=region, chunk_tokens=chunk_tokens
+        )
+        return warm_documents(
+            WarmOptions(
+                documents=tuple(documents),
+                model=model,
+                profile=profile,
+                prefix_file=prefix_file,
+                chat=chat,
+                chat_arguments=tuple(chat_argument or ()),
+                jsonl_field=jsonl_field,
+                dtype=dtype,
+                salt=salt,
+                dry_run=dry_run,
+            ),
+            settings,
+        )
+
+    return work
+
+
+Namespace = Annotated[
+    str | None, typer.Option("--namespace", metavar="HEX", help="A namespace, by the beginning of its digest.")
+]
+
+
+@app.command(short_help="List namespaces, or one namespace's chunks.")
+def ls(
+    store: options.Store = None,
+    namespace: Namespace = None,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    json: options.Json = False,
+) -> Work:
+    """List the namespaces of a store (model, dtype, chunks, tokens, bytes), or the chunks of one."""
+
+    def work() -> Report:
+        from kvstore_s3.cli.inspect import list_store
+
+        return list_store(options.load_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
+
+    return work
+
+
+@app.command(short_help="Totals of a store, or details of a namespace.")
+def stat(
+    store: options.Store = None,
+    namespace: Namespace = None,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    json: options.Json = False,
+) -> Work:
+    """Totals of a store; with --namespace its identity, codecs, sections and bits a value.
+
+    Details come from the headers of up to 64 objects of the namespace.
+    """
+
+    def work() -> Report:
+        from kvstore_s3.cli.inspect import stat_store
+
+        return stat_store(options.load_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
+
+    return work
+
+
+@app.command(short_help="Verify every stored object.")
+def check(
+    store: options.Store = None,
+    namespace: Namespace = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove what is damaged, so that the next warm stores it again.")
+    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every section too.")] = False,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    json: options.Json = False,
+) -> Work:
+    """Read every object and verify header, name and section checksums. Exit code 4 when damage was found."""
+
+    def work() -> Report:
+        from kvstore_s3.cli.check import check_store
+
+        settings = options.load_settings(store=store, endpoint_url=endpoint_url, region=region)
+        return check_store(settings, namespace, delete=delete, decode=decode)
+
+    return work
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Output goes to stdout and stderr."""
+    as_json = "--json" in arguments
+    try:
+        with exits.raise_on_signals():
+            work = app(list(arguments), prog_name="kvstore-s3", standalone_mode=False)
+            if not callable(work):  # --help was printed
+                return int(work or 0)
+            report: Report = work()
+            print_report(report, as_json=as_json)
+            return report.exit_code
+    except UsageError as error:
+        print_failure(f"{error.format_message()} (see kvstore-s3 --help)", exits.USAGE, as_json=as_json)
+        return exits.USAGE
+    except KVStoreError as error:
+        print_failure(str(error), error.exit_code, as_json=as_json)
+        return error.exit_code
+    except exits.Interrupted as error:
+        message = "stopped; whatever was stored is whole, and a second run goes on from there"
+        print_failure(message, error.exit_code, as_json=as_json)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of stdout has gone, as in `kvstore-s3 ls | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.SOME_FAILED

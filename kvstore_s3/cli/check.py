@@ -1,0 +1,188 @@
+"""check: read every object, verify that it is what was saved under its name, and remove what is not if asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvstore_s3.cli import exits
+from kvstore_s3.cli.inventory import (
+    NAMESPACE_JSON,
+    NamespaceTotals,
+    ObjectName,
+    check_prefix,
+    choose_namespace,
+    open_objects,
+    parse_name,
+    take_inventory,
+)
+from kvstore_s3.cli.output import Report, count_noun, format_bytes, format_seconds, say
+from kvstore_s3.cli.progress import WorkProgress
+from kvstore_s3.cli.verify import expect_identity, read_header, verify_sections
+from kvstore_s3.errors import DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+from kvstore_s3.transfer.buffers import BufferBudget
+
+if TYPE_CHECKING:
+    from kvstore_s3.config import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    object: str
+    fault: str
+    reason: str
+
+
+@dataclass(slots=True)
+class Findings:
+    """What a check has found so far."""
+
+    objects: int = 0
+    bytes: int = 0
+    vanished: int = 0
+    unverifiable: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+
+
+def check_store(settings: Settings, prefix: str | None, *, delete: bool, decode: bool) -> Report:
+    """Verify all objects of a store, or of the namespace that starts with `prefix`."""
+    return asyncio.run(_check_store(settings, check_prefix(prefix), delete=delete, decode=decode))
+
+
+async def _check_store(settings: Settings, prefix: str, *, delete: bool, decode: bool) -> Report:
+    start = time.monotonic()
+    findings = Findings()
+    async with open_objects(settings) as objects:
+        namespaces, foreign = await take_inventory(objects, prefix)
+        if prefix:
+            chosen = choose_namespace(namespaces, prefix)
+            namespaces = {chosen: namespaces[chosen]}
+        _check_namespaces(namespaces, findings)
+        total = sum(totals.objects for totals in namespaces.values())
+        with WorkProgress("check", total, "object") as progress:
+            checker = _Checker(objects, settings, findings, progress, decode=decode)
+            await checker.check_all(namespaces, prefix)
+        if delete:
+            await _delete_damaged(objects, findings)
+        return _report(objects.url, namespaces, findings, foreign, time.monotonic() - start)
+
+
+class _Checker:
+    """Workers that take objects from one bounded queue, so that memory does not grow with the store."""
+
+    def __init__(
+        self, objects: ObjectStore, settings: Settings, findings: Findings, progress: WorkProgress, *, decode: bool
+    ) -> None:
+        self._objects = objects
+        self._findings = findings
+        self._progress = progress
+        self._decode = decode
+        self._workers = settings.download_concurrency
+        self._buffers = BufferBudget(settings.buffer_bytes)
+
+    async def check_all(self, namespaces: dict[str, NamespaceTotals], prefix: str) -> None:
+        queue: asyncio.Queue[tuple[ObjectName, ObjectInfo] | None] = asyncio.Queue(self._workers)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self._workers):
+                    group.create_task(self._work(queue, namespaces))
+                async for found in _list_chunks(self._objects, namespaces, prefix):
+                    await queue.put(found)
+                for _ in range(self._workers):
+                    await queue.put(None)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _work(
+        self, queue: asyncio.Queue[tuple[ObjectName, ObjectInfo] | None], namespaces: dict[str, NamespaceTotals]
+    ) -> None:
+        while (found := await queue.get()) is not None:
+            name, info = found
+            await self._check_object(name, info, namespaces[name.namespace])
+            self._progress.advance(1)
+
+    async def _check_object(self, name: ObjectName, info: ObjectInfo, totals: NamespaceTotals) -> None:
+        if totals.namespace is None:
+            self._findings.unverifiable += 1
+            return
+        try:
+            identity = expect_identity(name, totals.namespace)
+            header = await read_header(self._objects, info, identity)
+            await verify_sections(self._objects, info, header, self._buffers, decode=self._decode)
+        except ObjectNotFoundError:
+            self._findings.vanished += 1
+            return
+        except DamagedObjectError as error:
+            damage = Damage(info.key, error.code.name, str(error))
+            self._findings.damaged.append(damage)
+            self._progress.say(f"damaged: {damage.object}: {damage.reason}")
+        self._findings.objects += 1
+        self._findings.bytes += info.size
+
+
+async def _list_chunks(
+    objects: ObjectStore, namespaces: dict[str, NamespaceTotals], prefix: str
+) -> AsyncIterator[tuple[ObjectName, ObjectInfo]]:
+    """List again instead of keeping the inventory's names: objects that appeared in between in new namespaces wait."""
+    async for info in objects.list(prefix):
+        name = parse_name(info.key)
+        if name is not None and name.is_chunk and name.namespace in namespaces:
+            yield name, info
+
+
+def _check_namespaces(namespaces: dict[str, NamespaceTotals], findings: Findings) -> None:
+    for totals in namespaces.values():
+        if totals.problem is not None:
+            damage = Damage(f"{totals.hex}/{NAMESPACE_JSON}", "NAMESPACE", totals.problem)
+            findings.damaged.append(damage)
+            lost = count_noun(totals.objects, "object")
+            say(f"damaged: {damage.object}: {damage.reason}; its {lost} cannot be verified")
+
+
+async def _delete_damaged(objects: ObjectStore, findings: Findings) -> None:
+    for damage in findings.damaged:
+        await objects.delete(damage.object)
+        findings.deleted.append(damage.object)
+
+
+def _report(
+    url: str, namespaces: dict[str, NamespaceTotals], findings: Findings, foreign: int, seconds: float
+) -> Report:
+    damaged = [{"object": item.object, "fault": item.fault, "reason": item.reason} for item in findings.damaged]
+    data = {
+        "store": url,
+        "namespaces": len(namespaces),
+        "objects": findings.objects,
+        "bytes": findings.bytes,
+        "damaged": damaged,
+        "deleted": findings.deleted,
+        "unverifiable": findings.unverifiable,
+        "vanished": findings.vanished,
+        "foreign": foreign,
+        "seconds": round(seconds, 3),
+    }
+    exit_code = exits.DAMAGED if findings.damaged else exits.DONE
+    return Report(data, list(_describe(findings, len(namespaces), foreign, seconds)), exit_code)
+
+
+def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float) -> list[str]:
+    verdict = f"{len(findings.damaged):,} damaged" if findings.damaged else "all as saved"
+    lines = [
+        f"{count_noun(findings.objects, 'object')} in {count_noun(namespaces, 'namespace')}, "
+        f"{format_bytes(findings.bytes)}, read in {format_seconds(seconds)}: {verdict}"
+    ]
+    lines += [f"damaged  {item.object}  {item.reason}" for item in findings.damaged]
+    if findings.deleted:
+        lines.append(f"{count_noun(len(findings.deleted), 'damaged object')} deleted; the next warm stores them again")
+    elif findings.damaged:
+        lines.append("check --delete removes what is damaged; the next warm stores it again")
+    if findings.unverifiable:
+        lines.append(f"{count_noun(findings.unverifiable, 'object')} without a namespace.json to verify against")
+    if foreign:
+        lines.append(f"{count_noun(foreign, 'object')} not written by kvstore_s3, left alone")
+    return lines
