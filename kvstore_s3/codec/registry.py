@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from kvstore_s3.codec.base import Bits, Codec
+from kvstore_s3.codec.lossless import MAX_HEAD_BYTES, LosslessCodec
 from kvstore_s3.codec.planes import PlanesCodec
 from kvstore_s3.codec.raw import RawCodec
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.layout import DTYPES
 
 _RAW = RawCodec()
-_PREFERRED: Mapping[str, Codec] = MappingProxyType({name: PlanesCodec() for name in DTYPES})
+_PLANES = PlanesCodec()
+_PREFERRED: Mapping[str, Codec] = MappingProxyType(
+    {name: LosslessCodec() if name == "bfloat16" else _PLANES for name in DTYPES}
+)
 _NAMES: Mapping[int, str] = MappingProxyType({0: "raw", 1: "lossless", 2: "planes"})
 
 
@@ -21,10 +25,11 @@ def encode_section(values: Bits, dtype: str) -> tuple[int, bytes]:
 
     `values`: bit patterns, shape [layers, 2, tokens, heads, head_dim]. Answers codec id and payload. Releases the GIL.
     """
-    preferred = _PREFERRED[dtype]
-    payload = preferred.encode(values)
-    if len(payload) < values.nbytes:
-        return preferred.id, payload
+    if values.nbytes // values.shape[3] < MAX_HEAD_BYTES:
+        preferred = _PREFERRED[dtype]
+        payload = preferred.encode(values)
+        if len(payload) < values.nbytes:
+            return preferred.id, payload
     return _RAW.id, _RAW.encode(values)
 
 
