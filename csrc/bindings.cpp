@@ -4,7 +4,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string_view.h>
 
-#include <limits>
 #include <stdexcept>
 #include <string_view>
 #include <vector>
@@ -29,19 +28,20 @@ kvs::Implementation find_implementation(std::string_view name) {
 template <typename Value, typename Array>
 kvs::SectionView<Value> view_section(const Array& array) {
   for (std::size_t axis = 0; axis < 5; ++axis) {
-    if (array.shape(axis) == 0 || array.shape(axis) > std::numeric_limits<std::int32_t>::max()) {
-      throw std::invalid_argument("a section has no empty axis, and none beyond 2^31 - 1");
+    if (array.shape(axis) == 0 || array.shape(axis) > kvs::kMaxExtent) {
+      throw std::invalid_argument("a section has no empty axis, and none beyond 2^20");
     }
   }
-  if (array.shape(1) != 2)
-    throw std::invalid_argument("axis 1 of a section is K and V: its length must be 2");
+  if (array.shape(1) > 2) {
+    throw std::invalid_argument("axis 1 of a section is K and V: its length must be 1 or 2");
+  }
   const auto dim = static_cast<std::int64_t>(array.shape(4));
   if ((dim > 1 && array.stride(4) != 1) || (array.shape(3) > 1 && array.stride(3) != dim)) {
     throw std::invalid_argument("the last two axes (head, dim) of a section must be contiguous");
   }
   const auto extent = [&](std::size_t axis) { return static_cast<std::uint32_t>(array.shape(axis)); };
-  return {array.data(),    extent(0),       extent(2),       extent(3), extent(4),
-          array.stride(0), array.stride(1), array.stride(2), dim};
+  return {array.data(), extent(0),       extent(1),       extent(2),       extent(3),
+          extent(4),    array.stride(0), array.stride(1), array.stride(2), dim};
 }
 
 nb::bytes encode(const Values& values, std::string_view implementation) {

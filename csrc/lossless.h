@@ -16,13 +16,22 @@ enum class Implementation { kPortable, kAvx2 };
 
 bool has_avx2();
 
-// A section's values as bf16 bit patterns, [layer][K or V][token][head][dim], strides in elements, dim
-// contiguous.
+// A section's values as bf16 bit patterns, [layer][K or V][token][head][dim]; `kinds` is 2, or 1 where K and
+// V lie in sections of their own. Strides in elements; dim is contiguous. No size is above kMaxExtent.
+inline constexpr std::uint32_t kMaxExtent = 1u << 20;
+
 template <typename Value>
 struct SectionView {
   Value* data;
-  std::uint32_t layers, tokens, heads, dim;
+  std::uint32_t layers, kinds, tokens, heads, dim;
   std::int64_t layer_stride, kind_stride, token_stride, head_stride;
+
+  // A plane is one layer's K or V.
+  std::uint32_t planes() const { return layers * kinds; }
+  std::int64_t plane_offset(std::uint64_t plane) const {
+    return static_cast<std::int64_t>(plane / kinds) * layer_stride +
+           static_cast<std::int64_t>(plane % kinds) * kind_stride;
+  }
 };
 
 // The payload of all heads. Throws std::length_error where a head has kMaxHeadBytes or more.

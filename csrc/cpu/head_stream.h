@@ -54,7 +54,7 @@ inline StreamParts lay_out(const HeadShape& shape, std::uint64_t words, std::uin
   return parts;
 }
 
-// A class: table in bits 0-3, flip in bit 4, top octave from bit 8 on.
+// How a component is coded: which table, whether its signs are flipped, and the exponent of its top octave.
 struct Class {
   std::uint8_t table, flip, top;
 };
@@ -79,8 +79,7 @@ BlockRuns find_runs(const SectionView<Value>& view, std::uint64_t block, std::ui
     const std::uint64_t plane = component / view.dim;
     const auto first = static_cast<std::uint32_t>(component % view.dim);
     const std::uint32_t length = std::min(lanes - lane, view.dim - first);
-    const std::int64_t offset = static_cast<std::int64_t>(plane / 2) * view.layer_stride +
-                                static_cast<std::int64_t>(plane % 2) * view.kind_stride + first;
+    const std::int64_t offset = view.plane_offset(plane) + first;
     found.runs[found.count++] = {lane, length, offset};
     lane += length;
   }

@@ -35,9 +35,8 @@ class BitReader {
 Fault copy_raw(Bytes stream, const HeadShape& shape, const HeadView& out) {
   if (stream.size() != kRawHeader + 2 * shape.values()) return Fault::kBadPayload;
   const std::uint8_t* from = stream.data() + kRawHeader;
-  for (std::uint64_t plane = 0; plane < 2ull * out.layers; ++plane) {
-    std::uint16_t* to = out.data + static_cast<std::int64_t>(plane / 2) * out.layer_stride +
-                        static_cast<std::int64_t>(plane % 2) * out.kind_stride;
+  for (std::uint64_t plane = 0; plane < out.planes(); ++plane) {
+    std::uint16_t* to = out.data + out.plane_offset(plane);
     for (std::uint32_t token = 0; token < out.tokens; ++token, from += 2ull * out.dim) {
       std::memcpy(to + token * out.token_stride, from, 2ull * out.dim);
     }
@@ -96,7 +95,7 @@ Fault decode_coded(Bytes stream, const HeadShape& shape, const HeadView& out, Im
 }
 
 Fault decode_head(Bytes stream, const HeadView& out, Implementation how) {
-  const HeadShape shape{2ull * out.layers * out.dim, out.tokens};
+  const HeadShape shape{static_cast<std::uint64_t>(out.planes()) * out.dim, out.tokens};
   if (stream.size() < kRawHeader) return Fault::kBadPayload;
   switch (stream[0]) {
     case kModeRaw:

@@ -36,10 +36,9 @@ class BitWriter {
 void append_raw(const HeadView& view, std::vector<std::uint8_t>& payload) {
   std::size_t at = payload.size() + kRawHeader;
   const std::size_t row = 2ull * view.dim;
-  payload.resize(at + 2ull * view.layers * view.tokens * row);
-  for (std::uint64_t plane = 0; plane < 2ull * view.layers; ++plane) {
-    const std::uint16_t* from = view.data + static_cast<std::int64_t>(plane / 2) * view.layer_stride +
-                                static_cast<std::int64_t>(plane % 2) * view.kind_stride;
+  payload.resize(at + static_cast<std::size_t>(view.planes()) * view.tokens * row);
+  for (std::uint64_t plane = 0; plane < view.planes(); ++plane) {
+    const std::uint16_t* from = view.data + view.plane_offset(plane);
     for (std::uint32_t token = 0; token < view.tokens; ++token, at += row) {
       std::memcpy(payload.data() + at, from + token * view.token_stride, row);
     }
@@ -50,7 +49,7 @@ void append_raw(const HeadView& view, std::vector<std::uint8_t>& payload) {
 class HeadCoder {
  public:
   HeadCoder(const HeadView& view, Implementation how)
-      : shape_{2ull * view.layers * view.dim, view.tokens},
+      : shape_{static_cast<std::uint64_t>(view.planes()) * view.dim, view.tokens},
         how_(how),
         values_(new std::uint16_t[shape_.blocks() * shape_.tokens * kLanes]()),
         classes_(shape_.components),
@@ -187,7 +186,7 @@ class HeadCoder {
 
 std::vector<std::uint8_t> encode_lossless(const SectionView<const std::uint16_t>& values,
                                           Implementation how) {
-  if (4ull * values.layers * values.dim * values.tokens >= kMaxHeadBytes) {
+  if (2ull * values.planes() * values.dim * values.tokens >= kMaxHeadBytes) {
     throw std::length_error("a head of this section is too large for the lossless codec");
   }
   HeadCoder coder(values, how);

@@ -38,8 +38,8 @@ def codec_for(codec_id: int, dtype: str) -> Codec:
 
     Raises `DamagedObjectError` (UNSUPPORTED_FEATURE) where no such codec is known, or not for this dtype.
     """
-    for codec in (_RAW, _PREFERRED.get(dtype)):
-        if codec is not None and codec.id == codec_id:
+    for codec in (_RAW, _PLANES, _PREFERRED[dtype]):
+        if codec.id == codec_id:
             return codec
     name = _NAMES.get(codec_id, "unknown")
     raise DamagedObjectError(
