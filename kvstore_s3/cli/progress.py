@@ -20,9 +20,8 @@ LINE_INTERVAL_S = 5.0
 class WorkProgress:
     """Counts `unit`s of work from 0 to `total`. Used as a context manager; the last state is always shown."""
 
-    def __init__(self, verb: str, total: int, unit: str, *, quiet: bool = False) -> None:
+    def __init__(self, verb: str, total: int, unit: str) -> None:
         self._verb, self._total, self._unit = verb, total, unit
-        self._quiet = quiet
         self._done = 0
         self._label = ""
         self._start = time.monotonic()
@@ -32,7 +31,7 @@ class WorkProgress:
 
     def __enter__(self) -> Self:
         console = Console(stderr=True)
-        if console.is_terminal and not self._quiet:
+        if console.is_terminal:
             columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=console)
             self._bar.start()
@@ -44,7 +43,7 @@ class WorkProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif not self._quiet and kind is None and self._total:
+        elif kind is None and self._total:
             self._print_line()
 
     def advance(self, amount: int, label: str | None = None) -> None:
@@ -53,7 +52,7 @@ class WorkProgress:
         self._label = self._label if label is None else label
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=escape(self._describe()))
-        elif amount and not self._quiet and self._done < self._total and time.monotonic() >= self._next_line:
+        elif amount and self._done < self._total and time.monotonic() >= self._next_line:
             self._print_line()
 
     def skip(self, amount: int) -> None:
@@ -72,7 +71,7 @@ class WorkProgress:
     def _describe(self) -> str:
         seconds = time.monotonic() - self._start
         parts = [f"{self._unit}s"]
-        if self._done and seconds > 0.5:
+        if self._done and seconds > 0.05:
             rate = self._done / seconds
             parts.append(f"{rate:,.0f} {self._unit}s/s")
             left = max(self._total - self._done, 0)
