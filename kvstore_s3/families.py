@@ -46,6 +46,7 @@ class Shape(TypedDict):
     head_dim: int
 
 
+_UNKNOWN = Family()
 _QWEN = Family(window_switch=True)
 _QWEN_VL = Family(theta=1e6, multimodal_rope=True, window_switch=True)
 _WITHOUT_ROPE = Family(kv_heads="always", rope=False)
@@ -173,27 +174,19 @@ def refuse_by_fields(config: Mapping[str, Any], model_type: str) -> None:
             )
 
 
-def find_family(model_type: str) -> Family:
-    """Return the family of a text model's type. Raises `UnsupportedModelError` if it is not listed."""
+def find_family(config: Mapping[str, Any], model_type: str) -> Family:
+    """Return the family of a text model.
+
+    Raises `UnsupportedModelError` if its type is not listed, or if it attends to a sliding window only.
+    """
     family = FAMILIES.get(model_type)
+    _refuse_window(config, model_type, family or _UNKNOWN)
     if family is None:
         raise UnsupportedModelError(
             f"{model_type}: this model type is not known to keep full attention in every layer; if it does, give "
             f"KVLayout field by field. Known are {', '.join(FAMILIES)}"
         )
     return family
-
-
-def refuse_window(config: Mapping[str, Any], model_type: str, family: Family) -> None:
-    """Raise `UnsupportedModelError` if the model attends to a sliding window only."""
-    window = config.get("sliding_window", family.window)
-    if family.window_switch and not config.get("use_sliding_window"):
-        return
-    if window:
-        raise UnsupportedModelError(
-            f"{model_type}: sliding_window is {window!r}; a window forgets tokens, "
-            "so the cache cannot be cut at any token"
-        )
 
 
 def read_shape(config: Mapping[str, Any], model_type: str, family: Family) -> Shape:
@@ -259,4 +252,15 @@ def _refuse_layer_types(layer_types: object, model_type: str) -> None:
         found = ", ".join(sorted(str(kind) for kind in kinds - {"full_attention"}))
         raise UnsupportedModelError(
             f"{model_type}: layer_types has {found}; only full attention keeps a cache that can be cut at any token"
+        )
+
+
+def _refuse_window(config: Mapping[str, Any], model_type: str, family: Family) -> None:
+    window = config.get("sliding_window", family.window)
+    if family.window_switch and not config.get("use_sliding_window"):
+        return
+    if window:
+        raise UnsupportedModelError(
+            f"{model_type}: sliding_window is {window!r}; a window forgets tokens, "
+            "so the cache cannot be cut at any token"
         )

@@ -18,7 +18,6 @@ from kvstore_s3.families import (
     read_rotated_layers,
     read_shape,
     refuse_by_fields,
-    refuse_window,
     select_text_config,
 )
 from kvstore_s3.rope import NO_ROPE, freeze_rope, normalize_rope
@@ -126,8 +125,7 @@ class KVLayout:
         refuse_by_fields(document, str(document.get("model_type")))
         model_type, text = select_text_config(document)
         refuse_by_fields(text, model_type)
-        family = find_family(model_type)
-        refuse_window(text, model_type, family)
+        family = find_family(text, model_type)
         shape = read_shape(text, model_type, family)
         return cls(
             **shape,

@@ -16,7 +16,7 @@ from kvstore_s3.errors import InvalidArgumentError, UnsupportedModelError
 NO_ROPE: Mapping[str, Any] = MappingProxyType({"rope_type": "none"})
 """A model without RoPE: learned positions or ALiBi."""
 
-_STATIC_TYPES = {"default", "linear", "llama3", "yarn", "mrope"}
+_STATIC_TYPES = {"default", "linear", "llama3", "yarn"}
 """Types whose rotation of a token depends on its own position alone."""
 
 _LENGTH_DEPENDENT = {
