@@ -1,0 +1,70 @@
+"""Saves on the worker: what was copied out of the engine's blocks is encoded and uploaded in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from kvstore_s3.connectors.vllm.health import StoreHealth
+from kvstore_s3.connectors.vllm.messages import SaveOrder, SaveReport
+from kvstore_s3.connectors.vllm.stats import Tally
+from kvstore_s3.errors import KVStoreError
+from kvstore_s3.store import KVStore
+
+
+class SaveBudget:
+    """Bytes of KV that wait in memory to be saved, at most `limit`. For one thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+
+    def take(self, size: int) -> bool:
+        if self._taken + size > self._limit:
+            return False
+        self._taken += size
+        return True
+
+    def give_back(self, size: int) -> None:
+        self._taken -= size
+
+
+class Saver:
+    """Carries out saves, one after the other: `KVStore.save` encodes and uploads the chunks of one in parallel."""
+
+    def __init__(
+        self, kv: KVStore, health: StoreHealth, tally: Tally, *, on_end: Callable[[SaveReport, int], None]
+    ) -> None:
+        self._kv = kv
+        self._health = health
+        self._tally = tally
+        self._on_end = on_end
+        self._turn = asyncio.Lock()
+
+    async def save(self, order: SaveOrder, kv: torch.Tensor) -> None:
+        """Save `kv`, the order's tokens; `on_end` is called in any case, once, with the bytes that `kv` held."""
+        stored = False
+        try:
+            async with self._turn:
+                stored = await self._try_save(order, kv)
+        finally:
+            self._on_end(SaveReport(order.save_id, stored), kv.nbytes)
+
+    async def _try_save(self, order: SaveOrder, kv: torch.Tensor) -> bool:
+        if not self._health.available:
+            self._tally.add("kvstore_saves_shed")
+            return False
+        prompt = np.frombuffer(order.prompt, dtype="<u4")
+        try:
+            saved = await self._kv.save(prompt, kv, salt=order.salt, first_token=order.tokens.begin)
+        except KVStoreError as error:
+            self._tally.add("kvstore_saves_failed")
+            self._health.report(error)
+            return False
+        self._tally.add("kvstore_saves")
+        self._tally.add("kvstore_tokens_saved", saved.chunks_new * self._kv.namespace.chunk_tokens)
+        self._tally.add("kvstore_bytes_saved", saved.bytes)
+        return True
