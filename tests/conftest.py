@@ -1,0 +1,40 @@
+"""Fixtures for all tests: an environment without the developer's own settings, and S3 servers on demand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from local_server import LocalServer
+from servers import running_server
+
+_KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("AWS_", "KVSTORE_S3_")) and name not in _KEPT:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def minio() -> Iterator[LocalServer]:
+    """A real MinIO. Put `minio.environment()` into the environment to use it; mark the test `server`."""
+    with running_server("minio") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def versitygw() -> Iterator[LocalServer]:
+    """A second real S3 implementation; mark the test `server`."""
+    with running_server("versitygw") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[LocalServer]:
+    """An imitation of S3: it proves semantics, not speed, and needs no program that is not in the venv."""
+    with running_server("moto") as server:
+        yield server

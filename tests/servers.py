@@ -1,0 +1,67 @@
+"""S3 servers for tests: MinIO, versitygw and moto, each on a free port of 127.0.0.1, with data that go with it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from tempfile import TemporaryDirectory
+
+import pytest
+from local_server import VERSITYGW, LocalServer, ServerMissingError, running
+from minio_server import running_minio
+
+BUCKET = "kvstore-tests"
+
+
+@contextmanager
+def running_versitygw() -> Iterator[LocalServer]:
+    program = VERSITYGW.find() or VERSITYGW.build()
+    credentials = ("kvstore", secrets.token_hex(16))
+    with (
+        TemporaryDirectory(prefix="kvstore-s3-versitygw-") as data,
+        running(
+            "versitygw",
+            lambda port: [str(program), "--quiet", "--port", f"127.0.0.1:{port}", "posix", data],
+            credentials=credentials,
+            environment={"ROOT_ACCESS_KEY": credentials[0], "ROOT_SECRET_KEY": credentials[1]},
+        ) as server,
+    ):
+        server.make_bucket(BUCKET)
+        yield server
+
+
+@contextmanager
+def running_moto() -> Iterator[LocalServer]:
+    command = [sys.executable, "-m", "moto.server", "--host", "127.0.0.1", "--port"]
+    with running(
+        "moto",
+        lambda port: [*command, str(port)],
+        credentials=("testing", "testing"),
+        environment={},
+        ready_path="/moto-api/",
+    ) as server:
+        server.make_bucket(BUCKET)
+        yield server
+
+
+_SERVERS: dict[str, Callable[[], AbstractContextManager[LocalServer]]] = {
+    "minio": lambda: running_minio(BUCKET),
+    "versitygw": running_versitygw,
+    "moto": running_moto,
+}
+
+
+@contextmanager
+def running_server(name: str) -> Iterator[LocalServer]:
+    """Run the server, or skip the test where it cannot be had: which fails where KVSTORE_S3_REQUIRE_SERVERS is set."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(_SERVERS[name]())
+        except ServerMissingError as error:
+            if os.environ.get("KVSTORE_S3_REQUIRE_SERVERS") == "1":
+                pytest.fail(f"{name} is required, but: {error}")
+            pytest.skip(str(error))
+        yield server
