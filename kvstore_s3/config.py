@@ -7,11 +7,20 @@ the defaults below. Credentials are never settings: they come from the default A
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from kvstore_s3.errors import InvalidArgumentError
 
 MiB = 1024 * 1024
 
@@ -87,6 +96,32 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from `given` (None: not given), the environment, `kvstore-s3.toml` and the defaults, in this order.
+
+    Raises `InvalidArgumentError` naming the first wrong setting and where it came from.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise InvalidArgumentError(_explain(error, given)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidArgumentError(f"kvstore-s3.toml is not TOML: {error}; mend or remove it") from error
+    except (SettingsError, OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"the settings cannot be read: {error}") from error
+
+
+def _explain(error: ValidationError, given: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "settings"
+    if first["type"] == "extra_forbidden":
+        place = "" if name in given else " in kvstore-s3.toml"
+        return f"{name!r}{place} is not a setting; check its spelling"
+    source = name if name in given else f"KVSTORE_S3_{name.upper()}, or {name} in kvstore-s3.toml"
+    return f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
 
 def _default_cache_dir() -> Path:

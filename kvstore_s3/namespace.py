@@ -179,9 +179,9 @@ def _model_name(config: Mapping[str, Any]) -> str:
 
 
 def _default_cache_dir() -> Path:
-    from kvstore_s3.config import Settings  # here, so that pure users of namespaces read no settings
+    from kvstore_s3.config import load_settings  # here, so that pure users of namespaces read no settings
 
-    return Settings().cache_dir
+    return load_settings().cache_dir
 
 
 def _parse_document(text: str | bytes) -> dict[str, Any]:

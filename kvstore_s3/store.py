@@ -29,7 +29,7 @@ from kvstore_s3.bitstream import (
 )
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import encode_section
-from kvstore_s3.config import Settings
+from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.load import StoredChunk, in_thread, read_band, run_all
@@ -122,7 +122,7 @@ class KVStore:
         Entering raises `StoreRefusedError` or `StoreUnavailableError` where the store cannot be used, unless `probe`
         is False. A URL or setting that cannot work raises `InvalidArgumentError`.
         """
-        settings = settings or Settings()
+        settings = settings or load_settings()
         return cls(open_store(url, settings), namespace, settings, probe=probe)
 
     async def __aenter__(self) -> Self:
