@@ -33,6 +33,7 @@ class BitReader {
 };
 
 Fault copy_raw(Bytes stream, const HeadShape& shape, const HeadView& out) {
+  if (stream[1] != 0 || stream[2] != 0 || stream[3] != 0) return Fault::kBadPayload;
   if (stream.size() != kRawHeader + 2 * shape.values()) return Fault::kBadPayload;
   const std::uint8_t* from = stream.data() + kRawHeader;
   for (std::uint64_t plane = 0; plane < out.planes(); ++plane) {
