@@ -1,0 +1,245 @@
+"""Bitstream v1: what the encoder makes, under truncation, flips and swaps; both decoders side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_decoder as reference
+from bitstream_cases import (
+    ALL,
+    ALL_IDS,
+    DECODABLE,
+    IDENTITY,
+    SMALL,
+    divisions,
+    fault_of,
+    raw_sections,
+    read_golden,
+)
+from crafted import Crafted, CraftedSection
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from object_decoder import decode_object, to_reference
+
+from kvstore_s3.bitstream import (
+    MAX_SECTIONS,
+    PREFIX_LENGTH,
+    PROFILES,
+    Identity,
+    Payload,
+    SectionTable,
+    build_object,
+    decode_hint,
+    encode_hint,
+    parse_header,
+    read_header_length,
+)
+from kvstore_s3.errors import BitstreamFault as Fault
+from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.layout import KVLayout, Shard
+
+each_decodable = pytest.mark.parametrize("name", DECODABLE)
+thorough = settings(max_examples=150, deadline=None)
+
+
+# What an encoder makes, both decoders read
+
+
+@st.composite
+def written_objects(draw: st.DrawFn) -> tuple[Identity, list[Payload], str, int]:
+    layers, heads = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    dtype = draw(st.sampled_from(["bfloat16", "float16", "float32", "float8_e5m2"]))
+    layer, head = draw(st.integers(0, layers - 1)), draw(st.integers(0, heads - 1))
+    shard = Shard(layer, draw(st.integers(layer + 1, layers)), head, draw(st.integers(head + 1, heads)))
+    layout = KVLayout(layers, heads, draw(st.integers(1, 6)), dtype)
+    keys = draw(st.binary(min_size=64, max_size=64))
+    identity = Identity(keys[:32], keys[32:], shard, layout, draw(st.integers(1, 5)))
+    profile = draw(st.sampled_from(sorted(PROFILES)))
+    payloads = []
+    division = draw(divisions(shard))
+    for level in range(1 if profile == "lossless" else draw(st.integers(1, 3))):
+        for parts, begin, end in division:
+            most = identity.raw_bytes(end - begin, parts)
+            data = draw(st.binary(min_size=1, max_size=min(most, 40)))
+            payloads.append(Payload(level, parts, draw(st.integers(0, 255)), begin, end, data))
+    return identity, payloads, profile, draw(st.sampled_from([1, 2]))
+
+
+@thorough
+@given(written_objects())
+def test_an_object_reads_back_as_it_was_written(written: tuple[Identity, list[Payload], str, int]) -> None:
+    identity, payloads, profile, digest_id = written
+    data, table = build_object(identity, payloads, profile=profile, digest_id=digest_id)
+    header = parse_header(data, identity, profiles=ALL)
+    assert header.table == table
+    table.check_object_length(len(data))
+    assert read_header_length(data[:PREFIX_LENGTH]) == table.header_length
+    for number, (section, payload) in enumerate(zip(table.sections, payloads, strict=True)):
+        assert section.offset % 16 == 0
+        assert header.verify(number, data[section.offset : section.end]) == payload.data
+    hint = encode_hint(table)
+    assert hint is not None
+    assert decode_hint(hint, identity, profiles=ALL) == table
+    sections = reference.read_header(bytes(data), to_reference(identity), ALL_IDS)
+    assert [(s.offset, s.length) for s in sections] == [(s.offset, s.length) for s in table.sections]
+
+
+@thorough
+@given(written_objects())
+def test_the_encoder_writes_what_the_document_says(written: tuple[Identity, list[Payload], str, int]) -> None:
+    identity, payloads, profile, digest_id = written
+    data, _ = build_object(identity, payloads, profile=profile, digest_id=digest_id)
+    sections = [
+        CraftedSection(p.level, p.parts, p.codec, (p.layer_begin, p.layer_end), bytes(p.data)) for p in payloads
+    ]
+    fields = {"profile": PROFILES[profile]}
+    assert data == Crafted(identity, sections, fields, digest_size=16 * digest_id).object()
+
+
+# Accidents
+
+
+@each_decodable
+def test_an_object_cut_anywhere_is_truncated(name: str) -> None:
+    data, identity = read_golden(name)
+    assert {fault_of(decode_object, data[:length], identity) for length in range(len(data))} == {Fault.TRUNCATED}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_reference_decoder_finds_an_object_cut_anywhere_truncated(name: str) -> None:
+    data, identity = read_golden(name)
+    expected = to_reference(identity)
+    assert {fault_of(reference.decode, data[:length], expected) for length in range(len(data))} == {1}
+
+
+def flips(data: bytes, mask: int) -> list[bytes]:
+    return [data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :] for at in range(len(data))]
+
+
+@each_decodable
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_a_flip_in_any_byte_is_refused_except_in_the_authenticator(name: str, mask: int) -> None:
+    data, identity = read_golden(name)
+    length = read_header_length(data)
+    authenticator = range(length - {0: 0, 1: 32}[data[13]], length)
+    accepted = [at for at, bad in enumerate(flips(data, mask)) if not fault_of(decode_object, bad, identity)]
+    assert accepted == list(authenticator)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_flipped_bit_gets_the_same_number_from_both_decoders(name: str) -> None:
+    data, identity = read_golden(name)
+    expected = to_reference(identity)
+    for mask in (1 << bit for bit in range(8)):
+        for bad in flips(data, mask):
+            assert fault_of(decode_object, bad, identity) == fault_of(reference.decode, bad, expected)
+
+
+@thorough
+@given(st.permutations(range(3)))
+def test_sections_in_another_order_are_refused(order: list[int]) -> None:
+    sections = raw_sections(IDENTITY)
+    crafted = Crafted(IDENTITY, sections)
+    data = crafted.header() + b"".join(sections[number].stored for number in order)
+    assert fault_of(decode_object, data, IDENTITY) == (0 if order == [0, 1, 2] else Fault.SECTION_CHECKSUM)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(IDENTITY, key=bytes(32)),
+        replace(IDENTITY, namespace=bytes(32)),
+        replace(IDENTITY, shard=Shard(1, 4, 2, 4)),
+        replace(IDENTITY, shard=Shard(0, 3, 0, 2)),
+    ],
+    ids=["key", "namespace", "heads", "layers"],
+)
+def test_a_section_of_another_object_is_refused_even_with_equal_values(other: Identity) -> None:
+    ours, shift = raw_sections(IDENTITY), other.shard.layer_begin - IDENTITY.shard.layer_begin
+    moved = [replace(s, layers=(s.layers[0] + shift, s.layers[1] + shift)) for s in ours]
+    theirs = Crafted(other, moved).object()
+    stride, start = 28, 144
+    digests = [theirs[start + 12 + stride * number : start + stride * (number + 1)] for number in range(3)]
+    for number in range(3):
+        taken = [replace(section, digest=digests[number]) if i == number else section for i, section in enumerate(ours)]
+        assert fault_of(decode_object, Crafted(IDENTITY, taken).object(), IDENTITY) == 8
+
+
+@given(st.binary(max_size=600))
+@thorough
+def test_any_bytes_are_refused(data: bytes) -> None:
+    for bad in (data, b"\x89KVS3\r\n\x1a\x01\x00" + data):
+        found = fault_of(decode_object, bad, IDENTITY)
+        assert found != 0
+        assert found == fault_of(reference.decode, bad, to_reference(IDENTITY))
+
+
+# A caller's own mistakes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"namespace": b"short"},
+        {"key": bytes(33)},
+        {"tokens": 0},
+        {"tokens": 65537},
+        {"shard": Shard(0, 7, 0, 4)},
+        {"shard": Shard(0, 6, 0, 5)},
+    ],
+    ids=str,
+)
+def test_an_identity_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        replace(IDENTITY, **change)
+
+
+@pytest.mark.parametrize(
+    "payloads",
+    [
+        [],
+        [Payload(0, 3, 0, 1, 3, b"x")],
+        [Payload(0, 3, 0, 1, 4, b"")],
+        [Payload(0, 3, 0, 1, 4, bytes(10_000))],
+        [Payload(0, 3, 256, 1, 4, b"x")],
+        [Payload(0, 4, 0, 1, 4, b"x")],
+        [Payload(0, 1, 0, 1, 4, b"x")],
+        [Payload(1, 3, 0, 1, 4, b"x")],
+        [Payload(0, 3, 0, 1, 4, b"x"), Payload(1, 3, 0, 1, 4, b"x")],
+        [Payload(0, 3, 0, 1, 4, b"x")] * (MAX_SECTIONS + 1),
+    ],
+)
+def test_payloads_that_make_no_object_are_refused_before_anything_is_built(payloads: list[Payload]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        build_object(IDENTITY, payloads)
+
+
+@pytest.mark.parametrize("how", [{"profile": "small"}, {"digest_id": 3}])
+def test_unknown_profiles_and_digests_are_refused_by_the_encoder(how: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError):
+        build_object(IDENTITY, [Payload(0, 3, 0, 1, 4, b"x")], **how)
+
+
+def test_a_payload_may_be_any_contiguous_buffer() -> None:
+    values = np.arange(24, dtype=np.uint16)
+    payload = Payload(0, 3, 0, 1, 4, values.data)
+    assert build_object(IDENTITY, [payload])[0] == build_object(IDENTITY, [replace(payload, data=values.tobytes())])[0]
+
+
+def test_a_section_of_another_length_than_its_own_is_refused() -> None:
+    data, identity = read_golden("raw-bf16")
+    header = parse_header(data, identity)
+    for stored, fault in ((data[192:223], Fault.TRUNCATED), (data[192:] + bytes(16), Fault.TRAILING_BYTES)):
+        assert fault_of(header.verify, 0, stored) == fault
+    assert bytes(header.verify(0, memoryview(bytearray(data[192:])))) == data[192:]
+
+
+def test_an_object_of_another_length_than_its_own_is_refused() -> None:
+    data, identity = read_golden("raw-bf16")
+    table: SectionTable = parse_header(data, identity).table
+    assert fault_of(table.check_object_length, 223) == Fault.TRUNCATED
+    assert fault_of(table.check_object_length, 240) == Fault.TRAILING_BYTES
+    assert fault_of(table.check_object_length, 224) == 0

@@ -1,0 +1,158 @@
+"""Every golden object decodes to the same bits with both decoders; every golden error is refused with its number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference_decoder as reference
+import zstandard
+from blake3 import blake3
+from golden_faults import make_all_errors
+from golden_objects import MAC_KEY, Golden, as_bytes, identity_from_json, make_all
+from object_decoder import decode_object, to_reference
+
+from kvstore_s3.bitstream import HINT_NAME, PROFILES, decode_hint, encode_hint, parse_header
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError
+
+TESTS = Path(__file__).parent
+OBJECTS: dict[str, Any] = json.loads((TESTS / "golden/manifest.json").read_text(encoding="utf-8"))
+ERRORS: dict[str, Any] = json.loads((TESTS / "golden_errors/manifest.json").read_text(encoding="utf-8"))
+DECODABLE = [name for name, entry in OBJECTS["objects"].items() if entry["values_blake3"]]
+
+each_object = pytest.mark.parametrize("name", OBJECTS["objects"])
+each_decodable = pytest.mark.parametrize("name", DECODABLE)
+each_error = pytest.mark.parametrize("name", ERRORS)
+
+
+@pytest.fixture(scope="module")
+def remade() -> dict[str, Golden]:
+    return {golden.name: golden for golden in make_all()}
+
+
+def read_object(name: str) -> bytes:
+    return (TESTS / "golden" / f"{name}.kvs3").read_bytes()
+
+
+def read_error(name: str) -> bytes:
+    return (TESTS / "golden_errors" / f"{name}.kvs3").read_bytes()
+
+
+@each_object
+def test_a_golden_object_is_the_committed_one(name: str) -> None:
+    assert blake3(read_object(name)).hexdigest() == OBJECTS["objects"][name]["blake3"]
+
+
+@each_decodable
+def test_both_decoders_find_the_same_bits_in_a_golden_object(name: str) -> None:
+    entry = OBJECTS["objects"][name]
+    identity = identity_from_json(entry["identity"])
+    values = decode_object(read_object(name), identity)
+    assert blake3(as_bytes(values)).hexdigest() == entry["values_blake3"]
+    assert reference.decode(read_object(name), to_reference(identity)) == values.reshape(-1).tolist()
+
+
+@each_decodable
+def test_the_values_of_a_golden_object_are_those_it_was_made_from(name: str, remade: dict[str, Golden]) -> None:
+    identity = identity_from_json(OBJECTS["objects"][name]["identity"])
+    values = remade[name].values
+    assert values is not None
+    assert np.array_equal(decode_object(read_object(name), identity), values)
+
+
+@each_object
+def test_the_encoder_makes_a_golden_object_again(name: str, remade: dict[str, Golden]) -> None:
+    found = ".".join(map(str, zstandard.ZSTD_VERSION))
+    if "planes" in OBJECTS["objects"][name]["codecs"] and found != OBJECTS["zstd"]:
+        pytest.skip(f"zstd {found} may choose other bytes than {OBJECTS['zstd']}, which made this object")
+    assert remade[name].data == read_object(name)
+
+
+@each_object
+def test_both_decoders_read_the_same_index_from_header_and_hint(name: str) -> None:
+    entry, data = OBJECTS["objects"][name], read_object(name)
+    identity = identity_from_json(entry["identity"])
+    table = parse_header(data, identity, profiles=frozenset(PROFILES)).table
+    assert table == decode_hint(entry["hint"], identity, profiles=frozenset(PROFILES))
+    assert encode_hint(table) == entry["hint"]
+    assert len(HINT_NAME) + len(entry["hint"]) <= 2000
+    expected, profiles = to_reference(identity), frozenset(PROFILES.values())
+    rows = [
+        (
+            section.level,
+            section.parts,
+            section.codec,
+            section.layer_begin,
+            section.layer_end,
+            section.offset,
+            section.end,
+        )
+        for section in table.sections
+    ]
+    for sections in (
+        reference.read_header(data, expected, profiles),
+        reference.read_hint(entry["hint"], expected, profiles),
+    ):
+        assert rows == [(s.level, s.parts, s.codec, s.layer_begin, s.layer_end, s.offset, s.end) for s in sections]
+
+
+def test_a_scalable_object_has_three_verifiable_levels_and_is_refused_unless_asked_for() -> None:
+    data = read_object("scalable")
+    identity = identity_from_json(OBJECTS["objects"]["scalable"]["identity"])
+    header = parse_header(data, identity, profiles={"lossless", "scalable"})
+    assert [section.level for section in header.table.sections] == [0, 0, 1, 1, 2, 2]
+    for number, section in enumerate(header.table.sections):
+        assert len(header.verify(number, data[section.offset : section.end])) == section.length
+    for decode in (lambda: parse_header(data, identity), lambda: decode_object(data, identity)):
+        with pytest.raises(DamagedObjectError) as refused:
+            decode()
+        assert refused.value.code is BitstreamFault.UNSUPPORTED_FEATURE
+    with pytest.raises(reference.Fault) as fault:
+        reference.decode(data, to_reference(identity))
+    assert fault.value.code == BitstreamFault.UNSUPPORTED_FEATURE
+
+
+def test_the_authenticator_is_over_everything_before_it() -> None:
+    data = read_object("authenticated")
+    assert data[13] == 1
+    end = reference.read_prefix(data)
+    assert blake3(reference.authenticator_message(data), key=MAC_KEY).digest() == data[end - 32 : end]
+
+
+@each_error
+def test_both_decoders_refuse_a_golden_error_with_its_number(name: str) -> None:
+    data, identity = read_error(name), identity_from_json(ERRORS[name]["identity"])
+    with pytest.raises(DamagedObjectError) as refused:
+        decode_object(data, identity)
+    assert (refused.value.code, refused.value.code.name) == (ERRORS[name]["code"], ERRORS[name]["fault"])
+    with pytest.raises(reference.Fault) as fault:
+        reference.decode(data, to_reference(identity))
+    assert fault.value.code == ERRORS[name]["code"]
+
+
+def test_every_fault_has_a_golden_error() -> None:
+    assert {entry["code"] for entry in ERRORS.values()} == {int(fault) for fault in BitstreamFault}
+
+
+def test_the_golden_errors_are_those_of_the_script() -> None:
+    assert {error.name: error.code for error in make_all_errors()} == {
+        name: entry["code"] for name, entry in ERRORS.items()
+    }
+    assert {path.stem for path in (TESTS / "golden_errors").glob("*.kvs3")} == set(ERRORS)
+    assert {path.stem for path in (TESTS / "golden").glob("*.kvs3")} == set(OBJECTS["objects"])
+
+
+def test_the_format_document_names_every_golden_object_and_every_fault() -> None:
+    text = (TESTS.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+    assert [name for name in OBJECTS["objects"] if f"`{name}.kvs3`" not in text] == []
+    assert [fault.name for fault in BitstreamFault if f"| {int(fault)} | {fault.name} |" not in text] == []
+
+
+def test_the_byte_dump_in_the_format_document_is_the_golden_object() -> None:
+    text = (TESTS.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+    data = read_object("raw-bf16")
+    for start in range(0, len(data), 16):
+        assert f"{start:04x}  {data[start : start + 16].hex(' ')}" in text
