@@ -42,10 +42,12 @@ KVS_HOST_DEVICE std::uint32_t pop_symbol(std::uint32_t state, std::uint32_t entr
   return (entry & 0xFFF) * (state >> kSlotBits) + (entry >> 12 & 0xFFF);
 }
 
-KVS_HOST_DEVICE bool needs_word(std::uint32_t state) { return state < kStateMin; }
+// 1 or 0: a number, because whether a lane needs a word cannot be predicted and must not become a branch.
+KVS_HOST_DEVICE std::uint32_t needs_word(std::uint32_t state) { return state < kStateMin; }
 
-KVS_HOST_DEVICE std::uint32_t pull_word(std::uint32_t state, std::uint32_t word) {
-  return state << 16 | word;
+// Takes `word` in where `hungry` is 1.
+KVS_HOST_DEVICE std::uint32_t pull_word(std::uint32_t state, std::uint32_t word, std::uint32_t hungry) {
+  return state << 16 * hungry | (word & (0 - hungry));
 }
 
 // An encoder's symbol. Its reciprocal is ceil(2^(31+shift) / frequency) with shift = ceil(log2(frequency)):
@@ -68,7 +70,7 @@ KVS_HOST_DEVICE Push make_push(std::uint32_t frequency, std::uint32_t start) {
 
 KVS_HOST_DEVICE std::uint32_t frequency_of(const Push& push) { return push.meta & 0xFFF; }
 
-KVS_HOST_DEVICE bool must_emit(std::uint32_t state, const Push& push) {
+KVS_HOST_DEVICE std::uint32_t must_emit(std::uint32_t state, const Push& push) {
   return state >= frequency_of(push) << 19;
 }
 

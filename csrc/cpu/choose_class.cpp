@@ -65,10 +65,30 @@ std::int32_t cost_of(const Counts& counts, std::uint32_t table, std::uint32_t fl
   return tokens * kCosts.escape[table] + saved;
 }
 
-// The largest exponent that at most 1 in 32 tokens exceeds: an outlier must not set the scale.
-std::uint32_t upper_exponent(const Counts& counts, std::int32_t tokens) {
+// What a glance at a lane tells: its largest magnitude and how many of its values are negative.
+struct Glance {
+  std::int16_t largest[kLanes] = {};
+  std::int16_t negative[kLanes] = {};
+};
+
+Glance glance_at(const std::uint16_t* values, std::int32_t tokens) {
+  Glance seen;
+  for (const std::uint16_t* end = values + static_cast<std::size_t>(tokens) * kLanes; values != end;
+       values += kLanes) {
+    for (std::uint32_t lane = 0; lane < kLanes; ++lane) {
+      const auto magnitude = static_cast<std::int16_t>(values[lane] & 0x7FFF);
+      seen.largest[lane] = std::max(seen.largest[lane], magnitude);
+      seen.negative[lane] = static_cast<std::int16_t>(seen.negative[lane] + (values[lane] >> 15));
+    }
+  }
+  return seen;
+}
+
+// The largest exponent that at most 1 in 32 tokens exceeds, `largest` or below: an outlier must not set the
+// scale.
+std::uint32_t upper_exponent(const Counts& counts, std::uint32_t largest, std::int32_t tokens) {
   std::int32_t seen = 0;
-  for (std::uint32_t exponent = 255;; --exponent) {
+  for (std::uint32_t exponent = largest;; --exponent) {
     for (const auto& of : counts.of) {
       seen += of[Counts::kRoom + 510 - 2 * exponent] + of[Counts::kRoom + 511 - 2 * exponent];
     }
@@ -76,42 +96,83 @@ std::uint32_t upper_exponent(const Counts& counts, std::int32_t tokens) {
   }
 }
 
-}  // namespace
+// The search: scales are in half octaves, 2 * top + phase; a table is 2 * mean + phase.
+class Search {
+ public:
+  Search(const Counts& counts, std::uint32_t flip, std::int32_t tokens)
+      : counts_(counts), flip_(flip), tokens_(tokens) {}
 
-Class choose_class(const std::uint16_t* values, std::uint32_t lane, std::uint64_t tokens) {
-  const auto counted = static_cast<std::int32_t>(std::min(tokens, kMostTokens));
-  Counts counts;
-  std::int32_t negative = 0;
-  for (std::int32_t token = 0; token < counted; ++token) {
-    const std::uint32_t value = values[static_cast<std::size_t>(token) * kLanes + lane];
-    negative += static_cast<std::int32_t>(value >> 15);
-    ++counts.of[value >> 15][Counts::kRoom + 511 - (value >> kLowBits & 511)];
-  }
-  const std::uint32_t flip = 2 * negative > counted;
-  // Scale first, in half octaves, by the two tables of mean 0; then the mean, at that scale and its
-  // neighbours.
-  const std::uint32_t upper = upper_exponent(counts, counted);
-  const std::uint32_t scale_end = 2 * std::min(upper + 4, 256u);
-  std::uint32_t scale = 2 * upper;
-  std::int32_t least = cost_of(counts, scale % 2, flip, scale / 2, counted);
-  for (std::uint32_t other = scale + 1; other < scale_end; ++other) {
-    const std::int32_t cost = cost_of(counts, other % 2, flip, other / 2, counted);
-    if (cost < least) least = cost, scale = other;
-  }
-  Class best{static_cast<std::uint8_t>(scale % 2), static_cast<std::uint8_t>(flip),
-             static_cast<std::uint8_t>(scale / 2)};
-  const std::uint32_t last = std::min(scale + 1, 511u);
-  for (std::uint32_t near = scale > 0 ? scale - 1 : 0; near <= last; ++near) {
-    for (std::uint32_t table = 2 + near % 2; table < kTables; table += 2) {
-      const std::int32_t cost = cost_of(counts, table, flip, near / 2, counted);
-      if (cost < least) {
-        least = cost;
-        best.table = static_cast<std::uint8_t>(table);
-        best.top = static_cast<std::uint8_t>(near / 2);
-      }
+  // The scale first, by the tables of mean 0: the costs have one valley, walked down from its upper end.
+  std::uint32_t find_scale(std::uint32_t upper) {
+    const std::uint32_t low = 2 * upper;
+    for (std::uint32_t scale = std::min(low + 5, 511u);; --scale) {
+      if (!try_class(0, scale) || scale == low) return 2u * best_.top + best_.table % 2;
     }
   }
-  return best;
+
+  // Then the mean, from small to large for as long as it pays, at that scale and its neighbours.
+  Class find_mean(std::uint32_t scale) {
+    const std::uint32_t last = std::min(scale + 1, 511u);
+    for (std::uint32_t near = scale > 0 ? scale - 1 : 0; near <= last; ++near) {
+      last_ = kDear;
+      for (std::uint32_t mean = 1; mean < kTables / 2 && try_class(mean, near); ++mean) continue;
+    }
+    return best_;
+  }
+
+ private:
+  static constexpr std::int32_t kDear = 0x7FFFFFFF;
+
+  // Keeps the class if it is the best so far. True if it is no dearer than the one tried before.
+  bool try_class(std::uint32_t mean, std::uint32_t scale) {
+    const std::uint32_t table = 2 * mean + scale % 2;
+    const std::int32_t cost = cost_of(counts_, table, flip_, scale / 2, tokens_);
+    if (cost < least_) {
+      least_ = cost;
+      best_ = {static_cast<std::uint8_t>(table), static_cast<std::uint8_t>(flip_),
+               static_cast<std::uint8_t>(scale / 2)};
+    }
+    const bool cheaper = cost <= last_;
+    last_ = cost;
+    return cheaper;
+  }
+
+  const Counts& counts_;
+  std::uint32_t flip_;
+  std::int32_t tokens_;
+  std::int32_t least_ = kDear, last_ = kDear;
+  Class best_{};
+};
+
+// Counts the half octaves of four neighbouring lanes: side by side, since counting one value after the other
+// in one place waits for each store.
+constexpr std::uint32_t kSideBySide = 4;
+
+void count_lanes(const std::uint16_t* values, std::int32_t tokens, Counts* counts) {
+  for (const std::uint16_t* end = values + static_cast<std::size_t>(tokens) * kLanes; values != end;
+       values += kLanes) {
+    for (std::uint32_t lane = 0; lane < kSideBySide; ++lane) {
+      const std::uint32_t value = values[lane];
+      ++counts[lane].of[value >> 15][Counts::kRoom + 511 - (value >> kLowBits & 511)];
+    }
+  }
+}
+
+}  // namespace
+
+void choose_classes(const std::uint16_t* values, std::uint32_t lanes, std::uint64_t tokens, Class* chosen) {
+  const auto counted = static_cast<std::int32_t>(std::min(tokens, kMostTokens));
+  const Glance seen = glance_at(values, counted);
+  for (std::uint32_t first = 0; first < lanes; first += kSideBySide) {
+    Counts counts[kSideBySide];
+    count_lanes(values + first, counted, counts);
+    for (std::uint32_t lane = first; lane < std::min(first + kSideBySide, lanes); ++lane) {
+      const Counts& of_lane = counts[lane - first];
+      const std::uint32_t largest = static_cast<std::uint32_t>(seen.largest[lane]) >> 7;
+      Search search(of_lane, 2 * seen.negative[lane] > counted, counted);
+      chosen[lane] = search.find_mean(search.find_scale(upper_exponent(of_lane, largest, counted)));
+    }
+  }
 }
 
 }  // namespace kvs

@@ -5,7 +5,7 @@
 
 namespace kvs {
 
-// `values`: [token][32 lanes]. At most the first 32,767 tokens are counted.
-Class choose_class(const std::uint16_t* values, std::uint32_t lane, std::uint64_t tokens);
+// The classes of a block's lanes. `values`: [token][32 lanes]. At most the first 32,767 tokens are counted.
+void choose_classes(const std::uint16_t* values, std::uint32_t lanes, std::uint64_t tokens, Class* chosen);
 
 }  // namespace kvs

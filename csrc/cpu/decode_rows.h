@@ -38,6 +38,9 @@ Fault decode_rows_portable(StreamReader& from, LaneBlock& block, const BlockRuns
 std::uint64_t decode_rows_avx2(StreamReader& from, LaneBlock& block, const BlockRuns& runs,
                                std::uint64_t tokens, std::uint16_t* out, std::int64_t token_stride);
 
+// Puts the exponents of the escaped `lanes` into `row`. False where there are no escape bytes left.
+bool take_escapes(StreamReader& from, std::uint32_t lanes, std::uint16_t* row);
+
 inline void scatter_row(const std::uint16_t* row, const BlockRuns& runs, std::uint16_t* out) {
   for (std::uint32_t i = 0; i < runs.count; ++i) {
     std::memcpy(out + runs.runs[i].offset, row + runs.runs[i].lane, 2 * runs.runs[i].lanes);

@@ -110,15 +110,9 @@ KVS_AVX2 std::uint64_t decode_rows_avx2(StreamReader& from, LaneBlock& block, co
     const auto mask = [](__m256i entry) KVS_AVX2 {
       return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(entry)));
     };
-    std::uint32_t lanes = mask(entry0) | mask(entry1) << 8 | mask(entry2) << 16 | mask(entry3) << 24;
-    for (; lanes != 0 && from.escapes < from.escapes_end; lanes &= lanes - 1) {
-      std::uint16_t& value = row[std::countr_zero(lanes)];
-      value = static_cast<std::uint16_t>(replace_exponent(value, *from.escapes++));
-    }
-    if (lanes != 0) {
-      from.exhausted = true;
-      break;
-    }
+    const std::uint32_t lanes = mask(entry0) | mask(entry1) << 8 | mask(entry2) << 16 | mask(entry3) << 24;
+    from.exhausted = !take_escapes(from, lanes, row);
+    if (from.exhausted) break;
     scatter_row(row, runs, to);
   }
   states[0] = state0, states[1] = state1, states[2] = state2, states[3] = state3;

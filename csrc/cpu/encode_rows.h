@@ -44,13 +44,11 @@ inline void encode_row(StreamWriter& to, LaneValues& block, const std::uint16_t*
       push = &pushes[block.table[lane] + sign * 32 + step];
       *--to.escapes = static_cast<std::uint8_t>(value >> 7);
     }
-    std::uint32_t state = block.state[lane];
-    if (must_emit(state, *push)) {
-      to.words -= 2;
-      store(to.words, static_cast<std::uint16_t>(state));
-      state >>= 16;
-    }
-    block.state[lane] = push_symbol(state, *push);
+    // The word is stored in any case, and kept by moving the front: no branch on what cannot be predicted.
+    const std::uint32_t emit = must_emit(block.state[lane], *push);
+    store(to.words - 2, static_cast<std::uint16_t>(block.state[lane]));
+    to.words -= 2 * emit;
+    block.state[lane] = push_symbol(block.state[lane] >> 16 * emit, *push);
   }
 }
 

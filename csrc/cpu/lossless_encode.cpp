@@ -51,10 +51,12 @@ class HeadCoder {
   HeadCoder(const HeadView& view, Implementation how)
       : shape_{static_cast<std::uint64_t>(view.planes()) * view.dim, view.tokens},
         how_(how),
-        values_(new std::uint16_t[shape_.blocks() * shape_.tokens * kLanes]()),
+        values_(new std::uint16_t[shape_.blocks() * shape_.tokens * kLanes]),
         classes_(shape_.components),
-        words_(kRoom + 2 * shape_.values()),
-        escapes_(shape_.values()) {}
+        words_(new std::uint8_t[kRoom + 2 * shape_.values()]),
+        words_end_(words_.get() + kRoom + 2 * shape_.values()),
+        escapes_(new std::uint8_t[shape_.values()]),
+        escapes_end_(escapes_.get() + shape_.values()) {}
 
   // Appends the stream of one head to `payload`.
   void append(const HeadView& view, std::vector<std::uint8_t>& payload) {
@@ -73,6 +75,7 @@ class HeadCoder {
     for (std::uint64_t block = 0; block < shape_.blocks(); ++block) {
       const BlockRuns runs = find_runs(view, block, shape_.lanes(block));
       std::uint16_t* row = block_values(block);
+      if (shape_.lanes(block) < kLanes) std::fill_n(row, shape_.tokens * kLanes, std::uint16_t{0});
       for (std::uint64_t token = 0; token < shape_.tokens; ++token, row += kLanes) {
         const std::uint16_t* from = view.data + static_cast<std::int64_t>(token) * view.token_stride;
         for (std::uint32_t i = 0; i < runs.count; ++i) {
@@ -83,20 +86,17 @@ class HeadCoder {
   }
 
   void choose() {
-    std::uint32_t top_max = 0;
-    top_min_ = 255;
-    for (std::uint64_t component = 0; component < shape_.components; ++component) {
-      const std::uint64_t block = component / kLanes;
-      const Class found = choose_class(block_values(block), component % kLanes, shape_.tokens);
-      classes_[component] = found;
-      top_min_ = std::min<std::uint32_t>(top_min_, found.top);
-      top_max = std::max<std::uint32_t>(top_max, found.top);
+    for (std::uint64_t block = 0; block < shape_.blocks(); ++block) {
+      choose_classes(block_values(block), shape_.lanes(block), shape_.tokens, &classes_[block * kLanes]);
     }
-    top_bits_ = static_cast<unsigned>(std::bit_width(top_max - top_min_));
+    const auto [least, most] = std::minmax_element(
+        classes_.begin(), classes_.end(), [](const Class& a, const Class& b) { return a.top < b.top; });
+    top_min_ = least->top;
+    top_bits_ = static_cast<unsigned>(std::bit_width(most->top - top_min_));
   }
 
   void code() {
-    StreamWriter to{words_.data() + words_.size(), escapes_.data() + escapes_.size()};
+    StreamWriter to{words_end_, escapes_end_};
     std::fill_n(block_.state, kLanes, kStateMin);
     for (std::uint64_t block = shape_.blocks(); block-- > 0;) {
       block_.lanes = shape_.lanes(block);
@@ -112,8 +112,8 @@ class HeadCoder {
         encode_rows_portable(to, block_, shape_.tokens);
       }
     }
-    word_bytes_ = static_cast<std::size_t>(words_.data() + words_.size() - to.words);
-    escape_bytes_ = static_cast<std::size_t>(escapes_.data() + escapes_.size() - to.escapes);
+    word_bytes_ = static_cast<std::size_t>(words_end_ - to.words);
+    escape_bytes_ = static_cast<std::size_t>(escapes_end_ - to.escapes);
   }
 
   void assemble(const HeadView& view, std::vector<std::uint8_t>& payload) {
@@ -128,11 +128,10 @@ class HeadCoder {
     store(to + 4, static_cast<std::uint32_t>(word_bytes_ / 2));
     store(to + 8, static_cast<std::uint32_t>(escape_bytes_));
     std::memcpy(to + parts.states, block_.state, 4 * shape_.states());
-    std::memcpy(to + parts.words, words_.data() + words_.size() - word_bytes_, word_bytes_);
+    std::memcpy(to + parts.words, words_end_ - word_bytes_, word_bytes_);
     write_rows(to + parts.rows);
     write_classes(to + parts.classes);
-    if (escape_bytes_ != 0)
-      std::memcpy(to + parts.escapes, escapes_.data() + escapes_.size() - escape_bytes_, escape_bytes_);
+    std::memcpy(to + parts.escapes, escapes_end_ - escape_bytes_, escape_bytes_);
   }
 
   void write_rows(std::uint8_t* to) {
@@ -175,7 +174,10 @@ class HeadCoder {
   Implementation how_;
   std::unique_ptr<std::uint16_t[]> values_;
   std::vector<Class> classes_;
-  std::vector<std::uint8_t> words_, escapes_;
+  std::unique_ptr<std::uint8_t[]> words_;
+  std::uint8_t* words_end_;
+  std::unique_ptr<std::uint8_t[]> escapes_;
+  std::uint8_t* escapes_end_;
   LaneValues block_{};
   std::uint32_t top_min_ = 0;
   unsigned top_bits_ = 0;
@@ -191,6 +193,7 @@ std::vector<std::uint8_t> encode_lossless(const SectionView<const std::uint16_t>
   }
   HeadCoder coder(values, how);
   std::vector<std::uint8_t> payload(4ull * values.heads);
+  payload.reserve(values.heads * (8 + 2ull * values.planes() * values.dim * values.tokens));
   for (std::uint32_t head = 0; head < values.heads; ++head) {
     HeadView view = values;
     view.data = values.data + head * values.head_stride;
