@@ -18,6 +18,8 @@ from time import monotonic
 from urllib.parse import urlsplit
 
 from minio import Minio
+from urllib3 import PoolManager
+from urllib3.util import Retry
 
 START_S = 30.0
 STOP_S = 5.0
@@ -91,11 +93,18 @@ class LocalServer:
 
     def make_bucket(self, name: str) -> None:
         """Create the bucket if it is not there yet."""
-        client = Minio(
-            urlsplit(self.endpoint).netloc, access_key=self.access_key, secret_key=self.secret_key, secure=False
-        )
-        if not client.bucket_exists(name):
-            client.make_bucket(name)
+        # A server that has just started may still answer 503, with the advice to come back in a minute.
+        retries = Retry(10, status_forcelist=[503], backoff_factor=0.05, respect_retry_after_header=False)
+        with PoolManager(retries=retries) as connections:
+            client = Minio(
+                urlsplit(self.endpoint).netloc,
+                access_key=self.access_key,
+                secret_key=self.secret_key,
+                secure=False,
+                http_client=connections,
+            )
+            if not client.bucket_exists(name):
+                client.make_bucket(name)
 
 
 def free_port() -> int:

@@ -42,7 +42,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 BUCKET = "kvstore"
 DEFAULT_PORT = 9000
 IMAGE = "minio/minio"
-READY = "/minio/health/ready"
+READY = "/minio/health/cluster"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

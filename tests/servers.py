@@ -14,6 +14,8 @@ from local_server import VERSITYGW, LocalServer, ServerMissingError, running
 from minio_server import running_minio
 
 BUCKET = "kvstore-tests"
+MOTO_PAGE = 20
+"""Objects in a page of moto's listings, so that a second page costs little."""
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def running_moto() -> Iterator[LocalServer]:
         "moto",
         lambda port: [*command, str(port)],
         credentials=("testing", "testing"),
-        environment={},
+        environment={"MOTO_S3_DEFAULT_MAX_KEYS": str(MOTO_PAGE)},
         ready_path="/moto-api/",
     ) as server:
         server.make_bucket(BUCKET)

@@ -65,16 +65,16 @@ class LocalFiles:
 
     def read(self, key: str, start: int, target: memoryview) -> None:
         """Fill `target` with the bytes from `start` on."""
+        end = start + len(target)
         try:
             with self._open_object(key) as file:
-                filled = _read_all(file, start, target)
+                size = os.fstat(file).st_size
+                complete = end <= size and _read_all(file, start, target)
         except FileNotFoundError:
             raise ObjectNotFoundError(f"{self.root}: there is no object {key}") from None
-        if filled < len(target):
-            raise DamagedObjectError(
-                BitstreamFault.TRUNCATED,
-                f"{self.root / key} ends before byte {start + len(target)}; {filled} of {len(target)} bytes were read",
-            )
+        if not complete:
+            message = f"{self.root / key} ends at byte {size}, {end} were expected"
+            raise DamagedObjectError(BitstreamFault.TRUNCATED, message)
 
     def walk(self, prefix: str) -> Iterator[ObjectInfo]:
         """Yield the objects whose key starts with `prefix`, tolerating those that vanish meanwhile."""
@@ -244,14 +244,15 @@ def _write_all(file: int, data: memoryview) -> None:
         offset += os.pwritev(file, [data[offset:]], offset)
 
 
-def _read_all(file: int, start: int, target: memoryview) -> int:
+def _read_all(file: int, start: int, target: memoryview) -> bool:
+    """Fill `target`; False where the file ends before."""
     filled = 0
     while filled < len(target):
         count = os.preadv(file, [target[filled:]], start + filled)
         if count == 0:
-            break
+            return False
         filled += count
-    return filled
+    return True
 
 
 def _set_metadata(file: int, metadata: Mapping[str, str]) -> None:

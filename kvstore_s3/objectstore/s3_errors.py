@@ -59,13 +59,15 @@ _PERMISSIONS = (
     "these credentials lack permission; s3:ListBucket, GetObject, PutObject, DeleteObject and AbortMultipartUpload are "
     "needed (without s3:ListBucket, S3 says this of every object that is not there)"
 )
+_UNKNOWN_KEY = f"the access key is not known there; {_CREDENTIALS}"
 _EXPIRED = "the session token has expired; renew the credentials"
 _REGION = "the bucket is in another region; set region"
 
 _REFUSED: Mapping[str, str] = {
     "NoSuchBucket": "the bucket does not exist; create it or correct the store URL",
     "InvalidBucketName": "the server does not accept this bucket name; correct the store URL",
-    "InvalidAccessKeyId": f"the access key is not known there; {_CREDENTIALS}",
+    "InvalidAccessKeyId": _UNKNOWN_KEY,
+    "XAdminUserNotFound": _UNKNOWN_KEY,  # versitygw
     "SignatureDoesNotMatch": f"the secret key does not belong to the access key; {_CREDENTIALS}",
     "InvalidToken": "the session token is not valid; renew the credentials",
     "ExpiredToken": _EXPIRED,
