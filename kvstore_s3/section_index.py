@@ -258,7 +258,7 @@ def _check_division(sections: Sequence[Section], shard: Shard) -> None:
             refuse(BitstreamFault.BAD_INDEX, "a V section follows the K section of the same layers, and nothing else")
         key = section if section.parts == PARTS_K else None
         layer = section.layer_begin if key else section.layer_end
-    if key or layer != shard.layer_end:
+    if layer != shard.layer_end:
         refuse(BitstreamFault.BAD_INDEX, f"layers end at {layer}, expected {shard.layer_end}")
 
 
