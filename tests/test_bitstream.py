@@ -24,10 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_decoder import decode_object, to_reference
 
+from kvstore_s3 import namespace
 from kvstore_s3.bitstream import (
     MAX_SECTIONS,
     PREFIX_LENGTH,
     PROFILES,
+    VERSION,
     Identity,
     Payload,
     SectionTable,
@@ -175,6 +177,10 @@ def test_any_bytes_are_refused(data: bytes) -> None:
         found = fault_of(decode_object, bad, IDENTITY)
         assert found != 0
         assert found == fault_of(reference.decode, bad, to_reference(IDENTITY))
+
+
+def test_the_namespace_states_the_version_of_the_bitstream() -> None:
+    assert namespace.FORMAT == VERSION
 
 
 # A caller's own mistakes
