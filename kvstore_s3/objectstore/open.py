@@ -108,8 +108,12 @@ def _check_endpoint(endpoint: str | None) -> None:
     """Refuse here what the S3 client would take for something else, or would print in its errors."""
     if endpoint is None:
         return
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port
+    except ValueError as error:
+        raise InvalidArgumentError(f"endpoint_url cannot be parsed: {error}") from error
     if "@" in parts.netloc:
         raise InvalidArgumentError("endpoint_url must not hold credentials; they come from the default AWS chain")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.query or parts.fragment:
         raise InvalidArgumentError(f"endpoint_url {endpoint!r} is not one; write http://host:port or https://host:port")

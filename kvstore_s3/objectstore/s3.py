@@ -23,7 +23,7 @@ from kvstore_s3.objectstore.base import (
     view_target,
 )
 from kvstore_s3.objectstore.s3_client import Answer, S3Client
-from kvstore_s3.objectstore.s3_errors import ObjectExistsError, Target
+from kvstore_s3.objectstore.s3_errors import ObjectExistsError, not_s3
 from kvstore_s3.objectstore.s3_multipart import MultipartUpload
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)", re.ASCII)
@@ -38,7 +38,7 @@ class S3Store:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
         self._multipart_bytes = settings.multipart_bytes
-        self._client = S3Client(Target(self.url, bucket, settings.endpoint_url or "AWS"), settings)
+        self._client = S3Client(self.url, settings)
         self._slots = asyncio.Semaphore(settings.upload_concurrency)
         self._multipart = MultipartUpload(
             self._client,
@@ -56,7 +56,9 @@ class S3Store:
 
     async def probe(self) -> None:
         # A listing, because a refused HEAD has no body that would say why.
-        await self._client.call("list_objects_v2", {"Bucket": self._bucket, "Prefix": self._base, "MaxKeys": 1})
+        query = {"Bucket": self._bucket, "Prefix": self._base, "MaxKeys": 1}
+        if "Name" not in await self._client.call("list_objects_v2", query):
+            raise not_s3(self._client.target)  # well-formed, but a web page
         self._bucket_seen = time.monotonic()
 
     async def put(

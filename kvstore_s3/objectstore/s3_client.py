@@ -13,7 +13,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 
 from kvstore_s3.config import Settings
-from kvstore_s3.errors import StoreUnavailableError
+from kvstore_s3.errors import InvalidArgumentError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.s3_errors import FOREIGN_ERRORS, ConflictError, Target, map_error
 
@@ -29,13 +29,19 @@ _SLOWEST_BYTES_PER_S = 64 * 1024
 class S3Client:
     """Requests to one endpoint. Belongs to the event loop of its first request."""
 
-    def __init__(self, target: Target, settings: Settings) -> None:
-        self._target = target
+    def __init__(self, url: str, settings: Settings) -> None:
+        self._url = url
         self._settings = settings
         self._stack = AsyncExitStack()
         self._opening = asyncio.Lock()
         self._client: Any = None
         self._closed = False
+
+    @property
+    def target(self) -> Target:
+        """What error messages name: known in full once the client has resolved its endpoint."""
+        endpoint = self._client.meta.endpoint_url if self._client else self._settings.endpoint_url
+        return Target(self._url, endpoint or "AWS")
 
     async def call(
         self,
@@ -60,7 +66,7 @@ class S3Client:
                 async with asyncio.timeout(self._longest_s(transfer)):
                     return await self._call_once(operation, arguments, body, consume)
             except FOREIGN_ERRORS as error:
-                mapped = map_error(error, self._target)
+                mapped = map_error(error, self.target)
                 conflict = isinstance(mapped, ConflictError) and not retry_conflict
                 left -= 1
                 if not left or conflict or not isinstance(mapped, StoreUnavailableError):
@@ -92,7 +98,7 @@ class S3Client:
         if self._client is None:
             async with self._opening:
                 if self._closed:
-                    raise StoreUnavailableError(f"{self._target.url} is closed; open it again")
+                    raise StoreUnavailableError(f"{self._url} is closed; open it again")
                 if self._client is None:
                     self._client = await self._create()
         return self._client
@@ -116,7 +122,10 @@ class S3Client:
             response_checksum_validation="when_required",
         )
         context = session.create_client("s3", region_name=region, endpoint_url=settings.endpoint_url, config=config)
-        return await self._stack.enter_async_context(context)
+        try:
+            return await self._stack.enter_async_context(context)
+        except ValueError as error:
+            raise InvalidArgumentError(f"{self._url}: the endpoint or region is not valid: {error}") from error
 
     def _longest_s(self, transfer: int) -> float | None:
         if not transfer:

@@ -23,6 +23,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
 
 from kvstore_s3.errors import (
     BitstreamFault,
@@ -33,7 +34,7 @@ from kvstore_s3.errors import (
     StoreUnavailableError,
 )
 
-FOREIGN_ERRORS = (ClientError, BotoCoreError, aiohttp.ClientError, TimeoutError, OSError)
+FOREIGN_ERRORS = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError, OSError)
 """All that a request may raise; nothing of it leaves this package."""
 
 
@@ -50,7 +51,6 @@ class Target:
     """What a request was for, as error messages name it."""
 
     url: str
-    bucket: str
     endpoint: str
 
 
@@ -103,14 +103,22 @@ def map_error(error: Exception, target: Target) -> KVStoreError:
         case PartialCredentialsError() | CredentialRetrievalError() | ProfileNotFound():
             return StoreRefusedError(f"{target.url}: AWS credentials cannot be loaded; {_CREDENTIALS} [{_name(error)}]")
         case SSLError():
-            return StoreRefusedError(f"{where} has no valid TLS certificate; correct endpoint_url or set AWS_CA_BUNDLE")
+            return StoreRefusedError(
+                f"{where} offers no valid TLS; use http:// if it has none, or set AWS_CA_BUNDLE to its authority"
+            )
         case EndpointConnectionError() | ConnectTimeoutError():
             return StoreUnavailableError(f"{where} cannot be reached; is endpoint_url right and the server up?")
         case ReadTimeoutError() | TimeoutError():
             return StoreUnavailableError(f"{where} did not answer in time; is it overloaded?")
         case BotoConnectionError() | HTTPClientError() | aiohttp.ClientError() | OSError():
             return StoreUnavailableError(f"{where} broke the connection off [{_name(error)}]")
-    return StoreRefusedError(f"{where} did not answer like an S3 server; is endpoint_url right? [{_name(error)}]")
+        case ResponseParserError():
+            return not_s3(target)
+    return StoreRefusedError(f"{where}: the request cannot be made; is the AWS configuration right? [{_name(error)}]")
+
+
+def not_s3(target: Target) -> StoreRefusedError:
+    return StoreRefusedError(f"{target.url}: {target.endpoint} does not answer like an S3 server; correct endpoint_url")
 
 
 def _map_answer(error: ClientError, target: Target) -> KVStoreError:
@@ -126,7 +134,8 @@ def _map_answer(error: ClientError, target: Target) -> KVStoreError:
             BitstreamFault.TRUNCATED, f"{where}: the object ends before the range that was asked for"
         )
     if code in _BUSY or status == 429 or status >= 500:
-        return StoreUnavailableError(f"{where}: the server is overloaded or in trouble; try again later {label}")
+        doubt = "" if code.isalpha() else " (and does not say so like an S3 server; is it one?)"
+        return StoreUnavailableError(f"{where}: the server is overloaded or in trouble{doubt}; try again later {label}")
     if status == 409:
         return ConflictError(f"{where}: another writer of this object is at work; try again {label}")
     advice = _REFUSED.get(code, "the server refused the request; are endpoint_url, bucket and credentials right?")

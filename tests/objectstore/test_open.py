@@ -79,7 +79,9 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     assert "s3cr3t" not in str(caught.value)
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:9000", "ftp://localhost", "http://", "http://localhost:9000/?x=y"])
+@pytest.mark.parametrize(
+    "endpoint", ["localhost:9000", "ftp://localhost", "http://", "http://a:b", "http://[", "http://h:9/?x=y"]
+)
 def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
     with pytest.raises(InvalidArgumentError, match="endpoint_url"):
         open_store("s3://bucket", Settings(endpoint_url=endpoint))
