@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from kvstore_s3.bitstream import PARTS_K, PARTS_KV, Header, Identity, Section, SectionTable, parse_header
@@ -33,7 +33,8 @@ class StoredChunk:
 
 
 async def read_band(
-    chunks: Sequence[StoredChunk],
+    chunks: list[StoredChunk],
+    count: int,
     band: Band,
     out: Bits,
     *,
@@ -41,15 +42,16 @@ async def read_band(
     buffers: BufferBudget,
     slots: asyncio.Semaphore,
     threads: Executor,
-    on_lost: Callable[[StoredChunk, Exception], None],
+    on_lost: Callable[[Identity, Exception], None],
 ) -> int:
-    """Read `band` of all `chunks` into `out` [layers of the band, 2, tokens, heads, dim]; return how many are good.
+    """Read `band` of the first `count` chunks into `out` [layers of the band, 2, tokens, heads, dim].
 
-    The count is of the unbroken prefix: a damaged or vanished object ends it, and `on_lost` hears of it. The values
-    after the prefix are undefined. Store failures are raised.
+    Returns how many are good: a damaged or vanished object ends the prefix, and `on_lost` hears of it. The values after
+    the prefix are undefined. Headers that were read are kept in `chunks`, so that later bands need not read them again.
+    Store failures are raised.
     """
-    good = len(chunks)
-    tokens = out.shape[2] // max(len(chunks), 1)
+    good = count
+    tokens = out.shape[2] // count
 
     async def read(index: int) -> None:
         nonlocal good
@@ -57,32 +59,35 @@ async def read_band(
         async with slots:
             if index >= good:
                 return
+            target = out[:, :, index * tokens : (index + 1) * tokens]
             try:
-                await _read_chunk(
-                    chunk, band, out[:, :, index * tokens : (index + 1) * tokens], objects, buffers, threads
-                )
+                header = await _read_chunk(chunk, band, target, objects, buffers, threads)
+                chunks[index] = replace(chunk, header=header)
             except (DamagedObjectError, ObjectNotFoundError) as error:
                 good = min(good, index)
-                on_lost(chunk, error)
+                on_lost(chunk.identity, error)
 
-    await run_all([read(index) for index in range(len(chunks))])
+    await run_all([read(index) for index in range(count)])
     return good
 
 
 async def _read_chunk(
     chunk: StoredChunk, band: Band, out: Bits, objects: ObjectStore, buffers: BufferBudget, threads: Executor
-) -> None:
+) -> Header:
     found = band_range(chunk.table, band)
     start = found.start if chunk.header else 0
     async with buffers.lease(found.end - start) as buffer:
         await objects.get_range(chunk.object_key, start, buffer)
-        await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
+        return await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
 
 
 def decode_range(
     chunk: StoredChunk, sections: range, first_layer: int, start: int, data: memoryview, out: Bits
-) -> None:
-    """Verify and decode `sections` out of `data`, the object's bytes from `start` on (from 0 with the header in it)."""
+) -> Header:
+    """Verify and decode `sections` out of `data`, the object's bytes from `start` on; return the header.
+
+    Where the chunk's header is not known yet, `start` is 0 and `data` begins with it.
+    """
     header = chunk.header or parse_header(data, chunk.identity)
     if header.table != chunk.table:
         raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's index is not the one in its metadata")
@@ -91,6 +96,7 @@ def decode_range(
         payload = header.verify(number, data[section.offset - start : section.end - start])
         target = out[section.layer_begin - first_layer : section.layer_end - first_layer]
         decode_section(section, payload, target, chunk.identity)
+    return header
 
 
 def decode_section(section: Section, payload: memoryview, out: Bits, identity: Identity) -> None:

@@ -30,7 +30,7 @@ from kvstore_s3.bitstream import (
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import encode_section
 from kvstore_s3.config import Settings, load_settings
-from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
+from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.load import StoredChunk, in_thread, read_band, run_all
 from kvstore_s3.namespace import Namespace
@@ -235,14 +235,13 @@ class KVStore:
         if self._is_lost(key):
             return None
         identity = self._identity(key)
-        object_key = self._object_key(identity)
-        info = await self.objects.head(object_key)
+        info = await self.objects.head(self._object_key(identity))
         if info is None:
             return None
         try:
             return await self._inspect(info, identity)
         except (DamagedObjectError, ObjectNotFoundError) as error:
-            self._lose(StoredChunk(object_key, identity, SectionTable(0, ()), None), error)
+            self._lose(identity, error)
             return None
 
     async def _inspect(self, info: ObjectInfo, identity: Identity) -> StoredChunk:
@@ -262,11 +261,7 @@ class KVStore:
             data = bytearray(min(length, info.size))
             await self.objects.get_range(info.key, 0, memoryview(data))
         header = parse_header(data, identity)
-        if header.table.object_length != info.size:
-            fault = (
-                BitstreamFault.TRUNCATED if info.size < header.table.object_length else BitstreamFault.TRAILING_BYTES
-            )
-            raise DamagedObjectError(fault, f"{info.size} bytes, the header says {header.table.object_length}")
+        header.table.check_object_length(info.size)
         return StoredChunk(info.key, identity, header.table, header)
 
     async def _stream(
@@ -275,6 +270,7 @@ class KVStore:
         if not chunks:
             return
         size = self.namespace.chunk_tokens
+        reading = list(chunks)
         good = len(chunks)
         bands = plan_bands([chunk.table for chunk in chunks], self.settings.range_bytes)
 
@@ -287,7 +283,8 @@ class KVStore:
                 else out[whole, :, : good * size]
             )
             read = read_band(
-                chunks[:good],
+                reading,
+                good,
                 band,
                 self._as_bits(kv),
                 objects=self.objects,
@@ -331,11 +328,11 @@ class KVStore:
             await self.objects.put(f"{self.namespace.hex}/namespace.json", self.namespace.to_json().encode("ascii"))
             self._described = True
 
-    def _lose(self, chunk: StoredChunk, error: Exception) -> None:
-        key = chunk.identity.key
-        if not self._is_lost(key):
-            log.warning("%s is treated as a miss: %s", chunk.object_key, error)
-        self._lost[key] = time.monotonic() + self.settings.verdict_lifetime_s
+    def _lose(self, identity: Identity, error: Exception) -> None:
+        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
+        if not self._is_lost(identity.key):
+            log.warning("%s is treated as a miss: %s", self._object_key(identity), error)
+        self._lost[identity.key] = time.monotonic() + self.settings.verdict_lifetime_s
 
     def _is_lost(self, key: bytes) -> bool:
         return self._lost.get(key, 0.0) > time.monotonic()

@@ -124,6 +124,25 @@ async def test_streaming_gives_all_layers_in_order_from_any_chunk(tmp_path: Path
     assert same_bits(torch.cat([group.kv for group in groups]), kv[:, :, 64:])
 
 
+async def test_no_byte_is_read_twice_in_a_stream_of_several_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = KVLayout(layers=6, kv_heads=4, head_dim=64, dtype="bfloat16")
+    namespace = Namespace(model="wide", revision="1", layout=layout, chunk_tokens=64)
+    async with KVStore.open(tmp_path.as_uri(), namespace, SMALL_RANGES) as store:
+        saved = await store.save(list(range(128)), random_kv(128, layout))
+        hit = await store.lookup(list(range(128)))
+        read, real = [], store.objects.get_range
+
+        async def counted(key: str, start: int, into: memoryview) -> None:
+            read.append(len(into))
+            await real(key, start, into)
+
+        monkeypatch.setattr(store.objects, "get_range", counted)
+        assert [group.tokens async for group in store.stream(hit)] == [128, 128, 128]
+    assert (len(read), sum(read)) == (6, saved.bytes)
+
+
 async def test_objects_of_different_layer_groups_load_together(tmp_path: Path) -> None:
     kv = random_kv()
     for tokens, layer_group in ((32, 2), (64, 3)):
