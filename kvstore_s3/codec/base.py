@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Bits = npt.NDArray[np.unsignedinteger]
-"""Bit patterns of KV values, shape [layers, 2, tokens, heads, head_dim]; the last two axes are contiguous."""
+"""Bit patterns of KV values, shape [layers, 2, tokens, heads, head_dim], or [layers, 1, ...] for K or V alone; the last
+two axes are contiguous."""
 
 
 class Codec(Protocol):
