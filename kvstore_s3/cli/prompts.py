@@ -2,8 +2,8 @@
 
 A later request asks something after the document. The tokens at the end of the document depend on what follows:
 byte-pair merges, digit groups, runs of white space, Unicode normalisation and a template that strips its input all
-reach over the seam. So the request is rendered and tokenised with many different continuations, and once with the
-document cut before its last word; what all of them share is stable under any question.
+reach over the seam. So the request is rendered and tokenised with many different continuations, and cut before the last
+word in front of the seam; the tokens that all of these share are stable under any question.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def build_prompt(tokenizer: Tokenizer, document: Document, style: PromptStyle) -
         return ids
 
     requests = [render_request(tokenizer, document, question, style) for question in CONTINUATIONS]
-    requests.append(render_request(tokenizer, _without_last_word(document), "", style))
+    cut = _cut_last_word(requests[0][: _count_shared(requests)])
+    requests += [cut, cut + "."]
     tokens, total = share_tokens(encode, requests)
     return Prompt(array("I", tokens), total)
 
@@ -167,24 +168,15 @@ def _compose_messages(document: Document, question: str, prefix: str) -> list[Ma
     return turns
 
 
-def _without_last_word(document: Document) -> Document:
-    """The document up to the white space before its last word; at least its first character stays."""
-    if document.messages:
-        last = document.messages[-1]
-        if last["role"] != "user" or not last["content"].strip():
-            return document
-        turns = (*document.messages[:-1], {**last, "content": _cut_last_word(last["content"])})
-        return Document(document.name, "", turns)
-    return Document(document.name, _cut_last_word(document.text))
-
-
 def _cut_last_word(text: str) -> str:
+    """The text up to the white space before its last word, however long that space is."""
     body = text.rstrip()
-    limit = max(1, len(body) - LAST_WORD_CHARS)
-    words = body[limit:].rsplit(maxsplit=1)
-    if len(words) == 2 or body[limit].isspace():
-        return body[: len(body) - len(words[-1])].rstrip() or body[:1]
-    return body[:limit]
+    limit = max(0, len(body) - LAST_WORD_CHARS)
+    end = body[limit:]
+    words = end.rsplit(maxsplit=1)
+    if len(words) == 2 or end[:1].isspace():
+        return body[: len(body) - len(words[-1])].rstrip()
+    return text[:limit]
 
 
 def _template_error() -> type[Exception]:

@@ -29,7 +29,9 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_a_directory_gives_its_texts_sorted_and_nothing_hidden(tmp_path: Path) -> None:
-    touch(tmp_path, "b.txt", "a/z.MD", "a/c.rst", "a/.git/x.txt", ".h.txt", "image.png", "d.json", "q.jsonl", "q.ndjson")
+    touch(
+        tmp_path, "b.txt", "a/z.MD", "a/c.rst", "a/.git/x.txt", ".h.txt", "image.png", "d.json", "q.jsonl", "q.ndjson"
+    )
     names = [str(path.relative_to(tmp_path)) for path in find_sources([str(tmp_path)])]
     assert names == ["b.txt", "q.jsonl", "q.ndjson", "a/c.rst", "a/z.MD"]
 
@@ -139,7 +141,7 @@ def test_a_wrong_line_leaves_the_others(tmp_path: Path) -> None:
 
 
 def test_a_prefix_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="--prefix-file .* cannot be read"):
+    with pytest.raises(InvalidArgumentError, match=r"--prefix-file .* cannot be read"):
         read_text(tmp_path / "absent", "--prefix-file")
     (tmp_path / "latin").write_bytes(b"\xe9")
     with pytest.raises(InvalidArgumentError, match="is not UTF-8"):

@@ -115,6 +115,11 @@ def test_every_request_starts_with_the_tokens_of_its_document(tokenizer: Any, te
         assert_shared(tokenizer, Document("d", text), style, questions)
 
 
+@pytest.mark.parametrize("text", ["a", " ", "中", " a", "a ", "word" * 100, "two words", "x " * 200])
+def test_the_shortest_and_the_strangest_documents_keep_the_promise(text: str, tokenizer: Any) -> None:
+    assert_shared(tokenizer, Document("d", text), PromptStyle("Prefix: "), QUESTIONS)
+
+
 def test_little_of_a_document_is_given_up(tokenizer: Any) -> None:
     for text in cut_documents(corpus(), 20, seed=3):
         lost = assert_shared(tokenizer, Document("d", text), PromptStyle(), ["", " Why?"])

@@ -32,12 +32,14 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 OTHER_SCRIPTS = """
 Der schnelle braune Fuchs springt über den faulen Hund; ça alors, où est l'été? Пример текста на русском языке.
-これは日本語の文章です。中文没有空格，所以一个词可以很长。 هذا نص عربي قصير. 한국어 문장입니다. 12345 678,901.23 3.14159
-emoji: 🙂 🚀 👩‍👩‍👧 e\u0301 combining, tabs\tand    runs   of spaces\n\n\n\nand newlines. snake_case_name camelCaseName don't it's we'll
+これは日本語の文章です。中文没有空格所以一个词可以很长。 هذا نص عربي قصير. 한국어 문장입니다. 12345 678,901.23 3.14159
+emoji: 🙂 🚀 👩‍👩‍👧 e\u0301 combining, tabs\tand    runs   of spaces\n\n\n\nand newlines.
+snake_case_name camelCaseName don't it's we'll
 """
 
 _GPT4_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
