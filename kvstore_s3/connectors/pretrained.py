@@ -27,7 +27,8 @@ def load_tokenizer(name: str) -> Any:
 
     _silence()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        directory = Path(name).expanduser()
+        tokenizer = AutoTokenizer.from_pretrained(directory if directory.is_dir() else name)
         if not len(tokenizer) or tokenizer("probe", add_special_tokens=False)["input_ids"] == []:
             raise ValueError("it has no vocabulary")
     except json.JSONDecodeError as error:
@@ -80,11 +81,6 @@ def check_computable(dtype: str) -> None:
     """Raise `InvalidArgumentError` for a KV dtype that transformers does not compute with."""
     if dtype not in _COMPUTABLE:
         raise InvalidArgumentError(f"dtype {dtype!r} cannot be computed here; use one of {', '.join(_COMPUTABLE)}")
-
-
-def is_local(name: str) -> bool:
-    """Whether `name` is a directory rather than a hub id."""
-    return Path(name).expanduser().is_dir()
 
 
 def _require_transformers() -> None:

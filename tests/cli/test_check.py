@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,3 +211,15 @@ def test_an_empty_store_is_no_error(cli: Cli, tmp_path: Path) -> None:
         ran = cli(verb, *store, "--json")
         assert (ran.code, ran.err) == (0, "")
         assert json.loads(ran.out)["exit_code"] == 0
+
+
+def test_a_check_that_is_interrupted_ends_at_once(
+    warmed: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def interrupt(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("kvstore_s3.cli.check.verify_sections", interrupt)
+    ran = cli("check", "--store", store_url(tmp_path))
+    assert ran.code == 130
+    assert ran.err.count("\n") == 1
