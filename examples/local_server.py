@@ -91,18 +91,18 @@ class LocalServer:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def make_bucket(self, name: str) -> None:
-        """Create the bucket if it is not there yet."""
+    @contextmanager
+    def client(self) -> Iterator[Minio]:
+        """MinIO's SDK for this server; its connections are closed at the end, or the server would wait for them."""
         # A server that has just started may still answer 503, with the advice to come back in a minute.
         retries = Retry(10, status_forcelist=[503], backoff_factor=0.05, respect_retry_after_header=False)
+        address = urlsplit(self.endpoint).netloc
         with PoolManager(retries=retries) as connections:
-            client = Minio(
-                urlsplit(self.endpoint).netloc,
-                access_key=self.access_key,
-                secret_key=self.secret_key,
-                secure=False,
-                http_client=connections,
-            )
+            yield Minio(address, self.access_key, self.secret_key, secure=False, http_client=connections)
+
+    def make_bucket(self, name: str) -> None:
+        """Create the bucket if it is not there yet."""
+        with self.client() as client:
             if not client.bucket_exists(name):
                 client.make_bucket(name)
 

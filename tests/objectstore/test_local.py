@@ -251,9 +251,10 @@ async def test_a_read_only_disk_can_be_read_and_refuses_writes(small_disk: Path)
     await store.close()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
 async def test_a_directory_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
+    if os.access(tmp_path / "closed", os.R_OK):
+        pytest.skip("this user may do everything")
     store = open_store((tmp_path / "closed").as_uri(), Settings())
     for attempt in (store.probe(), store.put(KEY, b"x"), store.head(KEY)):
         with pytest.raises(StoreRefusedError, match="permission denied"):

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import pytest
 from local_server import LocalServer
-from minio import Minio
 from objectstore.suite import KEY, PART, ObjectStoreSuite, names
 from servers import BUCKET, MOTO_PAGE
 
@@ -43,14 +42,11 @@ async def store(server: LocalServer) -> AsyncIterator[ObjectStore]:
     await store.close()
 
 
-def client_of(server: LocalServer) -> Minio:
-    return Minio(urlsplit(server.endpoint).netloc, server.access_key, server.secret_key, secure=False)
-
-
 def uploads_under_way(server: LocalServer, store: ObjectStore, key: str) -> list[str]:
     """Ids of the multipart uploads of `key`; MinIO lists them by their exact key only."""
     name = f"{urlsplit(store.url).path[1:]}/{key}"
-    return [upload.upload_id for upload in client_of(server)._list_multipart_uploads(BUCKET, prefix=name).uploads]
+    with server.client() as client:
+        return [upload.upload_id for upload in client._list_multipart_uploads(BUCKET, prefix=name).uploads]
 
 
 @pytest.fixture
