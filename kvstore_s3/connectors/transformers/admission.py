@@ -60,8 +60,8 @@ def _has_adapter_layers(model: PreTrainedModel) -> bool:
 def _check_architecture(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: its cache depends on the encoder's input")
+    for described in (model.config, config):
+        refuse_by_fields(described.to_dict(), name)
     rope = getattr(config, "rope_parameters", None)
     for kind in LENGTH_DEPENDENT_ROPE:
         if isinstance(rope, Mapping) and kind in (rope.get("rope_type"), rope.get("type")):
@@ -114,7 +114,6 @@ def _measure_layout(model: PreTrainedModel, cache: DynamicCache) -> dict[str, ob
 
 def _read_rope(model: PreTrainedModel) -> dict[str, object]:
     """The RoPE parameters, where the model type is a listed one; of others, the layout was given by hand."""
-    refuse_by_fields(model.config.to_dict(), type(model).__name__)
     if model.config.get_text_config(decoder=True).model_type.removesuffix("_text") not in FAMILIES:
         return {}
     return {"rope": KVLayout.from_config(model.config, dtype=model.dtype).rope}

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from kvstore_s3.errors import InvalidArgumentError
 
 _ONE_SEQUENCE = ("num_beams", "num_return_sequences")
+_OTHER_LOOPS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "custom_generate")
+"""Other generation loops. transformers' speculative one computes a whole prompt again on top of a filled cache."""
+
 _HARMLESS = (
     "attention_mask",
     "use_cache",
@@ -47,6 +50,9 @@ def check_arguments(model: PreTrainedModel, prompt: torch.Tensor, arguments: Map
     for name in _ONE_SEQUENCE:
         if (_setting(name, arguments, settings) or 1) > 1:
             raise InvalidArgumentError(f"{name} > 1 is not supported: one prompt, one sequence; leave it at 1")
+    for name in _OTHER_LOOPS:
+        if _setting(name, arguments, settings):
+            raise InvalidArgumentError(f"{name} is not supported: it would go wrong with a loaded prefix; leave it out")
     if _setting("use_cache", arguments, settings) is False:
         raise InvalidArgumentError("use_cache=False leaves no KV to load or save; call model.generate instead")
     kind = _setting("cache_implementation", arguments, settings)
