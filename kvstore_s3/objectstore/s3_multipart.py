@@ -25,7 +25,7 @@ class Part(NamedTuple):
 def split_parts(data: memoryview, part_bytes: int) -> Iterator[Part]:
     """Cut `data` into parts of `part_bytes`, or larger ones (whole MiB) where S3's limit of 10,000 calls for it."""
     least = -(-len(data) // _MAX_PARTS)
-    size = max(part_bytes, -(-least // _MiB) * _MiB)
+    size = part_bytes if least <= part_bytes else -(-least // _MiB) * _MiB
     for number, begin in enumerate(range(0, len(data), size), start=1):
         yield Part(number, data[begin : begin + size])
 
