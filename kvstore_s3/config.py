@@ -23,13 +23,14 @@ from pydantic_settings import (
 from kvstore_s3.errors import InvalidArgumentError
 
 MiB = 1024 * 1024
+_PREFIX = "KVSTORE_S3_"
 
 
 class Settings(BaseSettings):
     """All settings. Unknown names are refused, so that a typing error is not a silent default."""
 
     model_config = SettingsConfigDict(
-        env_prefix="KVSTORE_S3_", toml_file="kvstore-s3.toml", extra="forbid", frozen=True, env_ignore_empty=True
+        env_prefix=_PREFIX, toml_file="kvstore-s3.toml", extra="forbid", frozen=True, env_ignore_empty=True
     )
 
     store: str | None = None
@@ -104,6 +105,7 @@ def load_settings(**given: Any) -> Settings:
     Raises `InvalidArgumentError` naming the first wrong setting and where it came from.
     """
     given = {name: value for name, value in given.items() if value is not None}
+    _check_environment()
     try:
         return Settings(**given)
     except ValidationError as error:
@@ -114,13 +116,21 @@ def load_settings(**given: Any) -> Settings:
         raise InvalidArgumentError(f"the settings cannot be read: {error}") from error
 
 
+def _check_environment() -> None:
+    """A misspelt variable would be a silent default. KVSTORE_S3_TEST_ is left to the tests."""
+    known = {_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and not name.startswith(f"{_PREFIX}TEST_") and name.upper() not in known:
+            raise InvalidArgumentError(f"{name} in the environment is not a setting; check its spelling")
+
+
 def _explain(error: ValidationError, given: dict[str, Any]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else "settings"
     if first["type"] == "extra_forbidden":
         place = "" if name in given else " in kvstore-s3.toml"
         return f"{name!r}{place} is not a setting; check its spelling"
-    source = name if name in given else f"KVSTORE_S3_{name.upper()}, or {name} in kvstore-s3.toml"
+    source = name if name in given else f"{_PREFIX}{name.upper()}, or {name} in kvstore-s3.toml"
     return f"{source}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
 
 

@@ -9,7 +9,7 @@ import pytest
 from local_server import LocalServer
 from servers import running_server
 
-_KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
+_KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
 
 
 @pytest.fixture(autouse=True)

@@ -58,12 +58,12 @@ _SERVERS: dict[str, Callable[[], AbstractContextManager[LocalServer]]] = {
 
 @contextmanager
 def running_server(name: str) -> Iterator[LocalServer]:
-    """Run the server, or skip the test where it cannot be had: which fails where KVSTORE_S3_REQUIRE_SERVERS is set."""
+    """Run the server, or skip the test where it cannot be had: which fails where KVSTORE_S3_TEST_REQUIRE_SERVERS is set."""
     with ExitStack() as stack:
         try:
             server = stack.enter_context(_SERVERS[name]())
         except ServerMissingError as error:
-            if os.environ.get("KVSTORE_S3_REQUIRE_SERVERS") == "1":
+            if os.environ.get("KVSTORE_S3_TEST_REQUIRE_SERVERS") == "1":
                 pytest.fail(f"{name} is required, but: {error}")
             pytest.skip(str(error))
         yield server

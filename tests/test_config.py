@@ -51,6 +51,12 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_settings()
 
 
+def test_a_misspelt_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_S3_ENDPOINT", "http://127.0.0.1:9000")
+    with pytest.raises(InvalidArgumentError, match="KVSTORE_S3_ENDPOINT in the environment is not a setting"):
+        load_settings()
+
+
 @pytest.mark.parametrize(("text", "says"), [("store = ", "not TOML"), ("colour = 1", "'colour' in kvstore-s3.toml")])
 def test_a_wrong_file_is_named(clean_directory: Path, text: str, says: str) -> None:
     (clean_directory / "kvstore-s3.toml").write_text(text)

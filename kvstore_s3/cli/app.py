@@ -82,7 +82,7 @@ def warm(
     def work() -> Report:
         from kvstore_s3.cli.warm import WarmOptions, warm_documents
 
-        settings = options.load_settings(
+        settings = options.read_settings(
             store=store, endpoint_url=endpoint_url, region=region, chunk_tokens=chunk_tokens
         )
         return warm_documents(
@@ -122,7 +122,7 @@ def ls(
     def work() -> Report:
         from kvstore_s3.cli.inspect import list_store
 
-        return list_store(options.load_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
+        return list_store(options.read_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
 
     return work
 
@@ -143,7 +143,7 @@ def stat(
     def work() -> Report:
         from kvstore_s3.cli.inspect import stat_store
 
-        return stat_store(options.load_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
+        return stat_store(options.read_settings(store=store, endpoint_url=endpoint_url, region=region), namespace)
 
     return work
 
@@ -165,7 +165,7 @@ def check(
     def work() -> Report:
         from kvstore_s3.cli.check import check_store
 
-        settings = options.load_settings(store=store, endpoint_url=endpoint_url, region=region)
+        settings = options.read_settings(store=store, endpoint_url=endpoint_url, region=region)
         return check_store(settings, namespace, delete=delete, decode=decode)
 
     return work

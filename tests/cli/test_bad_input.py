@@ -38,7 +38,7 @@ def edit_config(model: Path, **changes: Any) -> None:
         (["--profile", "small"], ["unknown profile 'small'", "lossless"]),
         (["--dtype", "int4"], ["unknown dtype 'int4'", "bfloat16"]),
         (["--dtype", "float8_e4m3fn"], ["cannot be computed here", "float16"]),
-        (["--chunk-tokens", "100"], ["--chunk-tokens", "multiple of 16", "100"]),
+        (["--chunk-tokens", "100"], ["chunk_tokens", "multiple of 16", "100"]),
         (["--chunk-tokens", "many"], ["'--chunk-tokens'", "valid integer"]),
         (["--prefix-file", "absent.txt"], ["--prefix-file 'absent.txt' cannot be read"]),
         (["--prefix-file", "blank.txt"], ["'blank.txt' is empty"]),
