@@ -7,9 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 from local_server import LocalServer
-from servers import running_server
+from servers import build_servers, running_server
 
 _KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the servers before the first test: the minutes that it takes, once, would be that test's timeout."""
+    wanted = any(item.get_closest_marker("server") for item in session.items)
+    if wanted and not session.config.option.collectonly:
+        build_servers()
 
 
 @pytest.fixture(autouse=True)

@@ -6,21 +6,26 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from local_server import VERSITYGW, LocalServer, ServerMissingError, running
-from minio_server import running_minio
+from minio_server import find_command, running_minio
 
 BUCKET = "kvstore-tests"
 MOTO_PAGE = 20
 """Objects in a page of moto's listings, so that a second page costs little."""
 
 
+def _find_versitygw() -> Path:
+    return VERSITYGW.find() or VERSITYGW.build()
+
+
 @contextmanager
 def running_versitygw() -> Iterator[LocalServer]:
-    program = VERSITYGW.find() or VERSITYGW.build()
+    program = _find_versitygw()
     credentials = ("kvstore", secrets.token_hex(16))
     with (
         TemporaryDirectory(prefix="kvstore-s3-versitygw-") as data,
@@ -54,6 +59,14 @@ _SERVERS: dict[str, Callable[[], AbstractContextManager[LocalServer]]] = {
     "versitygw": running_versitygw,
     "moto": running_moto,
 }
+
+
+def build_servers() -> None:
+    """Build what is missing and can be built; what cannot is reported by `running_server`."""
+    with suppress(ServerMissingError):
+        find_command()
+    with suppress(ServerMissingError):
+        _find_versitygw()
 
 
 @contextmanager
