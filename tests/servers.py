@@ -71,7 +71,7 @@ def build_servers() -> None:
 
 @contextmanager
 def running_server(name: str) -> Iterator[LocalServer]:
-    """Run the server, or skip the test where it cannot be had: which fails where KVSTORE_S3_TEST_REQUIRE_SERVERS is set."""
+    """Run the server, or skip the test where it cannot be had (or fail: KVSTORE_S3_TEST_REQUIRE_SERVERS=1)."""
     with ExitStack() as stack:
         try:
             server = stack.enter_context(_SERVERS[name]())
