@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 def lossless_encode(values: npt.NDArray[np.unsignedinteger], *, implementation: str = "auto") -> bytes:
-    """Code uint16 bit patterns of bf16, shape [layers, kinds, tokens, heads, head_dim], as docs/format-lossless.md says.
+    """Code uint16 bit patterns of bf16, shape [layers, kinds, tokens, heads, head_dim], by docs/format-lossless.md.
 
     Every implementation gives the same bytes. Raises TypeError (not such an array) and ValueError (empty, last two axes
     not contiguous, 2 GiB or more in one head, no such implementation).
