@@ -31,7 +31,7 @@ ROOM = 192
 """Tokens of the model's context that are kept for the chat template, the question and the answer."""
 
 DOCUMENT = DOCUMENTS / "greenhouse-controller-manual.md"
-QUESTION = "\n\nComplete the sentence from the manual: Frost protection works in every state of"
+QUESTION = "\n\nComplete the sentence from the manual: Rinse the drippers once in a season"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

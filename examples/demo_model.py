@@ -4,7 +4,7 @@ Purely random weights would decide each token by a hair, and two runs could diff
 are set by hand, the rest of the model stays random and is computed like any other:
 
 - layer 1: four heads attend to the token 1, 2, 3 and 4 places back (by RoPE's fast frequencies) and write its code;
-- layer 5: an induction head compares the last four tokens of each place with those in front of every earlier place,
+- layer 4: an induction head compares the last four tokens of each place with those in front of every earlier place,
   and copies the token that followed there. The output layer reads this copy alone.
 
 The answer is then a quotation out of the document: it hangs on keys and values all over the cache, and the winning
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,13 +25,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 1024, 8, 4, 2, 128, 5120, 1024
+HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 1024, 6, 4, 2, 128, 7168, 1024
 CONTEXT = 16384
 ROPE_THETA = 1e12
 SEED = 20
 
 LOOK_BACK = 4
-LOOK_BACK_LAYER, INDUCTION_LAYER = 1, 5
+LOOK_BACK_LAYER, INDUCTION_LAYER = 1, 4
 FAST_PAIRS = 12
 """RoPE pairs that tell neighbouring places apart; those from `SLOW_PAIR` on hardly turn within the context."""
 RECENCY_PAIR, SLOW_PAIR = 19, 24
@@ -54,12 +55,16 @@ def build_demo_model(directory: Path, texts: Iterable[str]) -> Path:
     corpus = list(texts)
     source = Path(__file__).read_bytes() + json.dumps(corpus).encode()
     path = directory / f"model-{hashlib.sha256(source).hexdigest()[:12]}"
-    if not (path / "config.json").exists():
-        unfinished = path.with_suffix(".part")
-        transformers_logging.disable_progress_bar()
+    if path.exists():
+        return path
+    transformers_logging.disable_progress_bar()
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        unfinished = Path(scratch) / "model"
         _train_tokenizer(corpus).save_pretrained(unfinished)
         _make_model().save_pretrained(unfinished)
-        unfinished.rename(path)
+        if not path.exists():  # else another run was faster
+            unfinished.rename(path)
     return path
 
 
