@@ -13,7 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from kvstore_s3.config import Settings
+from kvstore_s3.config import Settings, load_settings
+from kvstore_s3.connectors.vllm.cores import spread_over_cores
 from kvstore_s3.connectors.vllm.health import StoreHealth, log
 from kvstore_s3.connectors.vllm.messages import StepOrders, StepReport
 from kvstore_s3.connectors.vllm.options import Options
@@ -47,7 +48,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         check_engine(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
-        settings = Settings()
+        settings = load_settings()
         options = Options.parse(transfer.kv_connector_extra_config, settings)
         check_store(options)
         self._tally = Tally()
@@ -73,6 +74,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             store.runtime.submit(health.check())
             log.info("KV store %s, namespace %s", store.kv.objects.url, store.namespace.hex)
         else:
+            store.runtime.submit(spread_over_cores())
             self._worker = WorkerSide(store, health, options, self._tally, block_tokens=block_tokens)
             self._resources.callback(self._worker.flush)
 

@@ -1,0 +1,53 @@
+"""What kv_connector_extra_config may hold."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore_s3.config import load_settings
+from kvstore_s3.connectors.vllm.options import Options
+from kvstore_s3.errors import InvalidArgumentError
+
+
+def parse(**extra: object) -> Options:
+    return Options.parse(extra, load_settings())
+
+
+def test_a_store_is_enough():
+    assert parse(store="s3://bucket/prefix").chunk_tokens == 256
+
+
+def test_the_store_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("KVSTORE_S3_STORE", "file:///somewhere")
+    monkeypatch.setenv("KVSTORE_S3_CHUNK_TOKENS", "128")
+    assert parse() == parse(store="file:///somewhere", chunk_tokens=128)
+
+
+def test_no_store_is_refused_with_what_to_write():
+    with pytest.raises(InvalidArgumentError, match="KVSTORE_S3_STORE"):
+        parse()
+
+
+def test_an_unknown_key_is_refused_by_name():
+    with pytest.raises(InvalidArgumentError, match=r"unknown key 'stroe'; known are .*store"):
+        parse(stroe="file:///x")
+
+
+@pytest.mark.parametrize("name", ["aws_secret_access_key", "access_key_id", "session_token", "password", "apikey"])
+def test_credentials_are_refused_and_not_repeated(name: str):
+    with pytest.raises(InvalidArgumentError, match="default AWS chain") as refusal:
+        parse(store="s3://bucket", **{name: "hunter2"})
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("url", ["s3://user:hunter2@bucket/prefix", "s3://bucket/prefix?X-Amz-Signature=hunter2"])
+def test_credentials_in_the_url_are_refused_and_not_repeated(url: str):
+    with pytest.raises(InvalidArgumentError, match="default") as refusal:
+        parse(store=url)
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("wrong", [{"load_deadline_s": 0}, {"save_memory_bytes": 1.5}, {"chunk_tokens": True}])
+def test_a_number_that_cannot_be_meant_is_refused(wrong: dict[str, object]):
+    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+        parse(store="file:///x", **wrong)
