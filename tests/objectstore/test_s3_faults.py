@@ -35,9 +35,7 @@ async def opened(
     """A store whose server gives these answers in turn, the last one for ever, or those of `script`."""
     turns = iter([*answers[:-1]])
     async with running(script or (lambda _: next(turns, answers[-1]))) as server:
-        settings = Settings(
-            endpoint_url=server.endpoint, connect_timeout_s=0.5, read_timeout_s=0.5, multipart_bytes=PART
-        )
+        settings = Settings(endpoint_url=server.endpoint, connect_timeout_s=5, read_timeout_s=2, multipart_bytes=PART)
         store = open_store("s3://bucket/prefix", settings)
         try:
             yield store, server
