@@ -30,12 +30,14 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @asynccontextmanager
 async def opened(
-    *answers: bytes, script: Callable[[Request], bytes] | None = None
+    *answers: bytes, script: Callable[[Request], bytes] | None = None, patience_s: float = 2.0
 ) -> AsyncIterator[tuple[ObjectStore, ScriptedServer]]:
     """A store whose server gives these answers in turn, the last one for ever, or those of `script`."""
     turns = iter([*answers[:-1]])
     async with running(script or (lambda _: next(turns, answers[-1]))) as server:
-        settings = Settings(endpoint_url=server.endpoint, connect_timeout_s=5, read_timeout_s=2, multipart_bytes=PART)
+        settings = Settings(
+            endpoint_url=server.endpoint, connect_timeout_s=patience_s, read_timeout_s=patience_s, multipart_bytes=PART
+        )
         store = open_store("s3://bucket/prefix", settings)
         try:
             yield store, server
@@ -79,7 +81,7 @@ async def test_a_connection_that_always_breaks_is_unavailable() -> None:
 
 async def test_a_body_that_trickles_is_given_up() -> None:
     body = answer("206 Partial Content", b"", "Content-Length: 1000", "Content-Range: bytes 0-999/1000") + TRICKLE
-    async with opened(body) as (store, _):
+    async with opened(body, patience_s=0.5) as (store, _):
         with pytest.raises(StoreUnavailableError, match="did not answer in time"):
             await asyncio.wait_for(read(store, KEY, 0, 1000), 20)
 
