@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -34,6 +36,21 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+    from kvstore_s3.namespace import Namespace
+
+
+_open_connectors: WeakSet[KVStoreS3Connector] = WeakSet()
+
+
+def _shut_down_all() -> None:
+    for connector in list(_open_connectors):
+        connector.shutdown()
+
+
+# An engine in the caller's own process is never told to shut down. Thread pools take no more work once threading's own
+# exit functions have run, the last registered first, and those of atexit run later: too late to finish a save.
+getattr(threading, "_register_atexit", atexit.register)(_shut_down_all)
 
 
 class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -78,8 +95,8 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker = WorkerSide(store, health, options, self._tally, block_tokens=block_tokens)
             self._resources.callback(self._worker.flush)
 
-    def _open(self, namespace: Any, options: Options, settings: Settings) -> SyncKVStore:
-        atexit.register(self.shutdown)  # an engine in the caller's own process is never told to shut down
+    def _open(self, namespace: Namespace, options: Options, settings: Settings) -> SyncKVStore:
+        _open_connectors.add(self)
         return self._resources.enter_context(connect(options.store, namespace, settings, probe=False))
 
     @property
@@ -89,8 +106,9 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """Finish saves for a moment, then close the store. Safe to call twice."""
-        atexit.unregister(self.shutdown)
         self._resources.close()
+        if self._worker is not None:
+            self._worker.close()
 
     # Worker's process, in the order of a step.
 

@@ -28,8 +28,8 @@ class LoadResult:
 class Loader:
     """Carries out load orders. All methods run on the event loop.
 
-    Blocks are written by one thread, and a load ends only when its last write has: once `on_end` was called, the
-    engine may do with the blocks what it likes.
+    Blocks are written by `writer`, one thread, and a load ends only when its last write has: once `on_end` was called,
+    the engine may do with the blocks what it likes.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Loader:
         kv: KVStore,
         cache: PagedCache,
         health: StoreHealth,
+        writer: ThreadPoolExecutor,
         *,
         deadline_s: float,
         on_end: Callable[[LoadResult], None],
@@ -47,7 +48,7 @@ class Loader:
         self._deadline_s = deadline_s
         self._on_end = on_end
         self._fills: dict[str, asyncio.Task[int]] = {}
-        self._writer = ThreadPoolExecutor(1, "kvstore-s3-pages")
+        self._writer = writer
 
     async def load(self, order: LoadOrder) -> None:
         """Carry out one order; `on_end` is called in any case, once."""
@@ -73,9 +74,6 @@ class Loader:
         fill = self._fills.get(request_id)
         if fill is not None:
             fill.cancel()
-
-    def close(self) -> None:
-        self._writer.shutdown()
 
     async def _fill(self, order: LoadOrder) -> int:
         """Write all layers of the order's tokens; return up to which token all layers are good."""

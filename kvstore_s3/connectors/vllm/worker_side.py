@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none
@@ -37,6 +38,7 @@ class WorkerSide:
         self._block_tokens = block_tokens
         self._budget = SaveBudget(options.save_memory_bytes)
         self._saver = Saver(store.kv, health, tally, on_end=self._note_save)
+        self._writer = ThreadPoolExecutor(1, "kvstore-s3-pages")
         self._under_way: set[concurrent.futures.Future[None]] = set()
         self._loading: set[str] = set()
         self._broken: set[str] = set()
@@ -53,7 +55,12 @@ class WorkerSide:
         layout = self._store.namespace.layout
         self._cache = PagedCache.adopt(caches, layout, self._block_tokens)
         self._loader = Loader(
-            self._store.kv, self._cache, self._health, deadline_s=self._options.load_deadline_s, on_end=self._note_load
+            self._store.kv,
+            self._cache,
+            self._health,
+            self._writer,
+            deadline_s=self._options.load_deadline_s,
+            on_end=self._note_load,
         )
 
     def start_loads(self, orders: StepOrders) -> None:
@@ -105,8 +112,10 @@ class WorkerSide:
     def flush(self) -> None:
         """Wait for what is under way, at most `flush_s`; what is not done then is cancelled when the store closes."""
         concurrent.futures.wait(set(self._under_way), timeout=self._options.flush_s)
-        if hasattr(self, "_loader"):
-            self._loader.close()
+
+    def close(self) -> None:
+        """Release the thread that writes blocks. To be called when the store is closed."""
+        self._writer.shutdown()
 
     def _may_save(self, order: SaveOrder, size: int) -> bool:
         """A chunk is of no use without those before it, so a request that lost one saves no more."""
