@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 from kvstore_s3.bitstream import PARTS_K, PARTS_KV, Header, Identity, Section, SectionTable, parse_header
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import codec_for
-from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError, StoreUnavailableError
+from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.transfer.buffers import BufferBudget
-from kvstore_s3.transfer.ranges import Band, band_range
+from kvstore_s3.transfer.ranges import Band, band_range, has_boundaries
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ async def read_band(
             target = out[:, :, index * tokens : (index + 1) * tokens]
             try:
                 header = await _read_chunk(chunk, band, target, objects, buffers, threads)
-                chunks[index] = replace(chunk, header=header)
+                chunks[index] = replace(chunk, table=header.table, header=header)
             except (DamagedObjectError, ObjectNotFoundError) as error:
                 good = min(good, index)
                 on_lost(chunk.identity, error)
@@ -78,19 +79,26 @@ async def _read_chunk(
     start = found.start if chunk.header else 0
     async with buffers.lease(found.end - start) as buffer:
         await objects.get_range(chunk.object_key, start, buffer)
-        return await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
+        header = await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
+    if header.table == chunk.table:
+        return header
+    if not has_boundaries(header.table, band):
+        raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
+    corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
+    return await _read_chunk(corrected, band, out, objects, buffers, threads)
 
 
 def decode_range(
     chunk: StoredChunk, sections: range, first_layer: int, start: int, data: memoryview, out: Bits
 ) -> Header:
-    """Verify and decode `sections` out of `data`, the object's bytes from `start` on; return the header.
+    """Verify and decode `sections` out of `data`, the object's bytes from `start` on; return the verified header.
 
-    Where the chunk's header is not known yet, `start` is 0 and `data` begins with it.
+    Where the chunk's header is not known yet, `start` is 0 and `data` begins with it; if its table is not the chunk's,
+    `sections` were planned from a wrong hint, and nothing is decoded.
     """
     header = chunk.header or parse_header(data, chunk.identity)
     if header.table != chunk.table:
-        raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's index is not the one in its metadata")
+        return header
     for number in sections:
         section = header.table.sections[number]
         payload = header.verify(number, data[section.offset - start : section.end - start])
@@ -109,12 +117,11 @@ def decode_section(section: Section, payload: memoryview, out: Bits, identity: I
 
 async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -> T:
     """Run `function` in a thread. A cancellation waits for its end, so that no thread writes into freed memory."""
-    future = asyncio.get_running_loop().run_in_executor(threads, function, *args)
     try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        raise
+        call = threads.submit(function, *args)
+    except RuntimeError as error:
+        raise StoreUnavailableError("the store was closed; open it again") from error
+    return await finish(asyncio.wrap_future(call), on_cancel=call.cancel)
 
 
 async def run_all(work: Sequence[Awaitable[None]]) -> None:

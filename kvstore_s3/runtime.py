@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.config import Settings
+from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.store import Hit, KVStore, LayerGroup, Saved, TokenIds
 
@@ -23,6 +25,7 @@ class Runtime:
     """An event loop in a daemon thread. `close` cancels what is still running and waits for it."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()  # a fork has no such thread
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
         self._thread.start()
@@ -54,10 +57,15 @@ class Runtime:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
+    @property
+    def closed(self) -> bool:
+        return self._loop.is_closed()
+
     def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
-        if self._loop.is_closed():
+        if self.closed or os.getpid() != self._process:
             work.close()
-            raise RuntimeError("this runtime is closed; connect again")
+            reason = "is closed" if self.closed else "belongs to the process that this one was forked from"
+            raise StoreUnavailableError(f"the store {reason}; connect again")
 
 
 class SyncKVStore:
@@ -83,7 +91,8 @@ class SyncKVStore:
             while (group := self.runtime.run(_next(groups))) is not None:
                 yield group
         finally:
-            self.runtime.run(_close(groups))
+            if not self.runtime.closed:
+                self.runtime.run(_close(groups))
 
     def save(
         self, token_ids: TokenIds, kv: torch.Tensor, *, salt: str | bytes | None = None, first_token: int = 0

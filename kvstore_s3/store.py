@@ -66,12 +66,12 @@ class Hit:
 
     def cut(self, tokens: int) -> Hit:
         """The hit's first whole chunks within `tokens` tokens."""
-        return Hit(self.chunks[: tokens // self.chunk_tokens], self.chunk_tokens)
+        return Hit(self.chunks[: max(tokens, 0) // self.chunk_tokens], self.chunk_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What a save did: chunks written, chunks that were there, bytes written."""
+    """What a save did: chunks that it wrote, chunks that were there or that another writer was first with, bytes."""
 
     chunks_new: int
     chunks_present: int
@@ -159,6 +159,7 @@ class KVStore:
         Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone.
         Raises `StoreError` where the store fails.
         """
+        self._check_hit(hit)
         out = self._empty(self.namespace.layout.layers, hit.tokens)
         tokens = hit.tokens
         async for group in self._stream(hit.chunks, out):
@@ -170,6 +171,7 @@ class KVStore:
 
         The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does.
         """
+        self._check_hit(hit)
         self._check_boundary(first_token)
         async for group in self._stream(hit.chunks[first_token // self.namespace.chunk_tokens :], None):
             yield group
@@ -185,24 +187,23 @@ class KVStore:
         """
         tokens = as_token_array(token_ids)
         self._check_boundary(first_token)
-        bits = self._check_values(kv, len(tokens) - first_token)
+        self._check_values(kv, len(tokens) - first_token)
         size = self.namespace.chunk_tokens
         first = first_token // size
-        keys = self._keys(tokens, salt)[first : first + bits.shape[2] // size]
+        keys = self._keys(tokens, salt)[first : first + kv.shape[2] // size]
         found = await self._find_all(keys, stop_at_miss=False)
         missing = [index for index, chunk in enumerate(found) if chunk is None]
         if missing:
             await self._describe_namespace()
-        written = 0
+        written: list[int] = []
 
         async def write(index: int) -> None:
-            nonlocal written
             async with self._uploads:
-                size_written = await self._write_chunk(keys[index], bits[:, :, index * size : (index + 1) * size])
-                written += size_written
+                written.append(await self._write_chunk(keys[index], kv[:, :, index * size : (index + 1) * size]))
 
         await run_all([write(index) for index in missing])
-        return Saved(len(missing), len(keys) - len(missing), written)
+        new = sum(1 for length in written if length)
+        return Saved(new, len(keys) - new, sum(written))
 
     def _keys(self, token_ids: TokenIds, salt: str | bytes | None) -> list[bytes]:
         return chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)
@@ -235,11 +236,9 @@ class KVStore:
         if self._is_lost(key):
             return None
         identity = self._identity(key)
-        info = await self.objects.head(self._object_key(identity))
-        if info is None:
-            return None
         try:
-            return await self._inspect(info, identity)
+            info = await self.objects.head(self._object_key(identity))
+            return None if info is None else await self._inspect(info, identity)
         except (DamagedObjectError, ObjectNotFoundError) as error:
             self._lose(identity, error)
             return None
@@ -286,7 +285,7 @@ class KVStore:
                 reading,
                 good,
                 band,
-                self._as_bits(kv),
+                view_bits(kv),
                 objects=self.objects,
                 buffers=self._buffers,
                 slots=self._downloads,
@@ -309,18 +308,19 @@ class KVStore:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _write_chunk(self, key: bytes, bits: Bits) -> int:
+    async def _write_chunk(self, key: bytes, kv: torch.Tensor) -> int:
+        """Encode and put one chunk; return its bytes, or 0 where another writer was first."""
         identity = self._identity(key)
-        data, table = await in_thread(self._threads, encode_object, identity, bits, self.settings.layer_group)
+        data, table = await in_thread(self._threads, encode_object, identity, kv, self.settings.layer_group)
         hint = encode_hint(table)
-        await self.objects.put(
+        created = await self.objects.put(
             self._object_key(identity),
             memoryview(data),
             metadata={HINT_NAME: hint} if hint else None,
             replace=key in self._lost,
         )
         self._lost.pop(key, None)
-        return len(data)
+        return len(data) if created else 0
 
     async def _describe_namespace(self) -> None:
         """Put the namespace's JSON beside the data, once, for people."""
@@ -332,7 +332,9 @@ class KVStore:
         """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
         if not self._is_lost(identity.key):
             log.warning("%s is treated as a miss: %s", self._object_key(identity), error)
-        self._lost[identity.key] = time.monotonic() + self.settings.verdict_lifetime_s
+        now = time.monotonic()
+        self._lost = {key: until for key, until in self._lost.items() if until > now}
+        self._lost[identity.key] = now + self.settings.verdict_lifetime_s
 
     def _is_lost(self, key: bytes) -> bool:
         return self._lost.get(key, 0.0) > time.monotonic()
@@ -342,17 +344,23 @@ class KVStore:
         shape = (layers, 2, tokens, layout.kv_heads, layout.head_dim)
         return torch.empty(shape, dtype=getattr(torch, layout.dtype))
 
-    def _as_bits(self, kv: torch.Tensor) -> Bits:
-        bits: Bits = kv.view(_BITS[self.namespace.layout.itemsize]).numpy()
-        return bits
-
     def _check_boundary(self, first_token: int) -> None:
         if first_token < 0 or first_token % self.namespace.chunk_tokens:
             raise InvalidArgumentError(
                 f"first_token {first_token} is not a multiple of chunk_tokens {self.namespace.chunk_tokens}"
             )
 
-    def _check_values(self, kv: torch.Tensor, most: int) -> Bits:
+    def _check_hit(self, hit: Hit) -> None:
+        """A hit of another store's namespace would decode to that model's KV, or into the wrong places."""
+        size = self.namespace.chunk_tokens
+        if hit.chunk_tokens != size or any(c.identity != self._identity(c.identity.key) for c in hit.chunks):
+            raise InvalidArgumentError(
+                "this hit is of another namespace; look the tokens up in the store that loads them"
+            )
+
+    def _check_values(self, kv: torch.Tensor, most: int) -> None:
+        if not isinstance(kv, torch.Tensor) or kv.layout != torch.strided or kv.is_meta:
+            raise InvalidArgumentError(f"kv must be a dense tensor with values, not {kv!r:.80}")
         layout = self.namespace.layout
         expected = (layout.layers, 2, layout.kv_heads, layout.head_dim)
         shape = tuple(kv.shape)
@@ -365,12 +373,18 @@ class KVStore:
             raise InvalidArgumentError(
                 f"kv holds {shape[2]} tokens, but only {max(most, 0)} token ids follow first_token"
             )
-        kv = kv.detach().cpu()
-        return self._as_bits(kv if _rows_contiguous(kv) else kv.contiguous())
 
 
-def encode_object(identity: Identity, bits: Bits, layer_group: int) -> tuple[bytearray, SectionTable]:
+def view_bits(kv: torch.Tensor) -> Bits:
+    """The bit patterns of a CPU tensor, sharing its memory."""
+    bits: Bits = kv.view(_BITS[kv.element_size()]).numpy()
+    return bits
+
+
+def encode_object(identity: Identity, kv: torch.Tensor, layer_group: int) -> tuple[bytearray, SectionTable]:
     """Encode one chunk [layers, 2, tokens, heads, dim] into an object of sections of `layer_group` layers."""
+    kv = kv.detach().cpu()
+    bits = view_bits(kv if _rows_contiguous(kv) else kv.contiguous())
     payloads = []
     shard = identity.shard
     for begin in range(shard.layer_begin, shard.layer_end, layer_group):

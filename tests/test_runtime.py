@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from kvstore_s3 import KVLayout, Namespace, connect
-from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.errors import InvalidArgumentError, StoreUnavailableError
 from kvstore_s3.runtime import Runtime
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="bfloat16")
@@ -40,8 +41,32 @@ def test_leaving_ends_the_thread(tmp_path: Path) -> None:
         thread = store.runtime._thread
         assert thread.is_alive()
     assert not thread.is_alive()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(StoreUnavailableError, match="closed"):
         store.lookup(range(16))
+
+
+def test_a_forked_child_is_told_to_connect_again(tmp_path: Path) -> None:
+    with connect(tmp_path.as_uri(), NAMESPACE) as store:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                store.lookup(range(16))
+            except StoreUnavailableError as error:
+                os.write(writing, str(error).encode())
+            os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as answer:
+            assert b"forked" in answer.read()
+        os.waitpid(child, 0)
+
+
+def test_a_stream_that_outlives_its_store_ends_quietly(tmp_path: Path) -> None:
+    with connect(tmp_path.as_uri(), NAMESPACE) as store:
+        store.save(range(32), torch.zeros(2, 2, 32, 1, 8, dtype=torch.bfloat16))
+        groups = store.stream(store.lookup(range(32)))
+        next(groups)
+    groups.close()
 
 
 def test_a_stream_that_is_dropped_is_closed(tmp_path: Path) -> None:
@@ -67,6 +92,7 @@ def test_an_interrupt_cancels_the_work_and_waits_for_its_end() -> None:
 
     def interrupt() -> None:
         running.wait()
+        time.sleep(0.1)  # until the main thread waits for the result
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

@@ -9,6 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
-from kvstore_s3.bitstream import HINT_NAME
+from kvstore_s3.bitstream import HINT_NAME, encode_hint
 from kvstore_s3.errors import InvalidArgumentError, StoreRefusedError, StoreUnavailableError
+from kvstore_s3.load import in_thread
 
 LAYOUT = KVLayout(layers=6, kv_heads=2, head_dim=16, dtype="bfloat16")
 NAMESPACE = Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=16)
@@ -202,6 +207,7 @@ async def test_damage_ends_the_hit_before_it_and_a_save_mends_it(tmp_path: Path,
         assert (await store.lookup(TOKENS)).tokens == 32, "a chunk that failed is offered again at once"
         saved = await store.save(TOKENS, kv)
         assert (saved.chunks_new, saved.chunks_present) == (1, 3)
+        assert (await store.lookup(TOKENS)).tokens == 64, "a mended chunk is offered again at once"
     async with open_at(tmp_path) as store:
         assert same_bits(await store.load(await store.lookup(TOKENS)), kv[:, :, :64])
 
@@ -269,7 +275,10 @@ def test_any_flipped_bit_ends_the_hit_before_it(tmp_path: Path, position: float,
 async def test_two_writers_of_one_prompt_agree(tmp_path: Path) -> None:
     kv = random_kv()
     async with open_at(tmp_path) as one, open_at(tmp_path) as other:
-        await asyncio.gather(one.save(TOKENS, kv), other.save(TOKENS, kv))
+        both = await asyncio.gather(one.save(TOKENS, kv), other.save(TOKENS, kv))
+        assert sum(saved.chunks_new for saved in both) == 4
+        assert sum(saved.chunks_present for saved in both) == 4
+        assert sum(saved.bytes for saved in both) == sum(file.stat().st_size for file in objects_in(tmp_path))
         assert same_bits(await one.load(await one.lookup(TOKENS)), kv[:, :, :64])
 
 
@@ -308,6 +317,112 @@ async def test_a_refused_connection_is_an_error_at_open_and_not_a_miss() -> None
             await store.lookup(TOKENS)
 
 
+async def test_a_verdict_expires(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    file = objects_in(tmp_path)[2]
+    data = file.read_bytes()
+    file.write_bytes(_flip(data, len(data) - 1))
+    async with open_at(tmp_path, verdict_lifetime_s=0.2) as store:
+        assert (await store.load(await store.lookup(TOKENS))).shape[2] == 32
+        file.write_bytes(data)  # mended by somebody else
+        assert (await store.lookup(TOKENS)).tokens == 32
+        await asyncio.sleep(0.25)
+        assert (await store.load(await store.lookup(TOKENS))).shape[2] == 64
+
+
+async def test_a_lookup_asks_for_nothing_behind_the_first_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_at(tmp_path, lookup_concurrency=1) as store:
+        asked, real = [], store.objects.head
+
+        async def counted(key: str) -> object:
+            asked.append(key)
+            return await real(key)
+
+        monkeypatch.setattr(store.objects, "head", counted)
+        assert not await store.lookup(range(16 * 100))
+    assert len(asked) == 1
+
+
+async def test_a_store_that_cannot_be_opened_is_closed_again(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    store = KVStore.open((tmp_path / "file").as_uri(), NAMESPACE)
+    with pytest.raises(StoreRefusedError):
+        await store.__aenter__()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await store.lookup(TOKENS)
+
+
+async def test_an_abandoned_stream_leaves_no_task_behind(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    async with open_at(tmp_path, range_bytes=64 * 1024) as store:
+        groups = store.stream(await store.lookup(TOKENS))
+        before = asyncio.all_tasks()
+        await anext(groups)
+        await groups.aclose()
+        assert asyncio.all_tasks() == before
+
+
+async def test_a_plausible_wrong_hint_is_corrected_by_the_header(tmp_path: Path) -> None:
+    layout = KVLayout(layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
+    namespace = Namespace(model="wide", revision="1", layout=layout, chunk_tokens=64)
+    kv, tokens = random_kv(128, layout), list(range(128))
+    async with KVStore.open(tmp_path.as_uri(), namespace, SMALL_RANGES) as store:
+        await store.save(tokens, kv)
+        chunk = (await store.lookup(tokens)).chunks[1]
+        first, second = chunk.table.sections
+        moved = [replace(first, length=first.length - 64), replace(second, length=second.length + 64)]
+        hint = encode_hint(replace(chunk.table, sections=tuple(moved)))
+        data = (tmp_path / chunk.object_key).read_bytes()
+        await store.objects.put(chunk.object_key, data, metadata={HINT_NAME: hint or ""}, replace=True)
+        hit = await store.lookup(tokens)
+        assert hit.chunks[1].table != chunk.table, "the hint was not plausible enough to be tried"
+        assert same_bits(await store.load(hit), kv)
+
+
+async def test_a_hit_of_another_namespace_is_refused(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    others = [
+        Namespace(model="tiny", revision="2", layout=LAYOUT, chunk_tokens=16),
+        Namespace(model="tiny", revision="1", layout=replace(LAYOUT, layers=8), chunk_tokens=16),
+        Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=32),
+    ]
+    async with open_at(tmp_path) as store:
+        hit = await store.lookup(TOKENS)
+    for namespace in others:
+        async with KVStore.open(tmp_path.as_uri(), namespace) as store:
+            with pytest.raises(InvalidArgumentError, match="another namespace"):
+                await store.load(hit)
+            with pytest.raises(InvalidArgumentError, match="another namespace"):
+                await anext(store.stream(hit))
+
+
+async def test_a_cancelled_call_waits_for_its_thread() -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        time.sleep(0.1)
+        ended.set()
+        raise OSError("nobody hears of it")
+
+    with ThreadPoolExecutor(1) as threads:
+        task = asyncio.create_task(in_thread(threads, work))
+        await asyncio.to_thread(started.wait)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended.is_set()
+
+
+async def test_a_save_into_a_store_that_is_being_closed_is_an_error_of_ours(tmp_path: Path) -> None:
+    store = open_at(tmp_path)
+    await store.close()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await store.save(TOKENS, random_kv())
+
+
 @pytest.mark.parametrize(
     ("kv", "first_token", "says"),
     [
@@ -317,6 +432,9 @@ async def test_a_refused_connection_is_an_error_at_open_and_not_a_miss() -> None
         (torch.zeros(6, 2, 71, 2, 16, dtype=torch.bfloat16), 0, "71 tokens"),
         (torch.zeros(6, 2, 16, 2, 16, dtype=torch.bfloat16), 8, "chunk_tokens"),
         (torch.zeros(6, 2, 16, 2, 16, dtype=torch.bfloat16), 64, "6 token ids"),
+        (torch.zeros(6, 2, 16, 2, 16, dtype=torch.bfloat16, device="meta"), 0, "with values"),
+        (torch.zeros(6, 2, 16, 2, 16, dtype=torch.bfloat16).to_sparse(), 0, "dense"),
+        (None, 0, "tensor"),
     ],
 )
 async def test_values_that_do_not_fit_are_refused(

@@ -32,14 +32,23 @@ def plan_bands(tables: Sequence[SectionTable], range_bytes: int) -> list[Band]:
     Objects may have been written with different layer groups; a band never cuts a section of any of them.
     """
     boundaries = sorted(set.intersection(*(_boundaries(table) for table in tables)))
+    offsets = [_offsets(table) for table in tables]
     bands: list[Band] = []
     for begin, end in pairwise(boundaries):
         joined = Band(bands[-1].layer_begin if bands else begin, end)
-        if bands and max(_length(table, joined) for table in tables) <= range_bytes:
+        if (
+            bands
+            and max(ends[joined.layer_end] - starts[joined.layer_begin] for starts, ends in offsets) <= range_bytes
+        ):
             bands[-1] = joined
         else:
             bands.append(Band(begin, end))
     return bands
+
+
+def has_boundaries(table: SectionTable, band: Band) -> bool:
+    """Whether `band` cuts no section of `table`."""
+    return {band.layer_begin, band.layer_end} <= _boundaries(table)
 
 
 def band_range(table: SectionTable, band: Band) -> BandRange:
@@ -58,6 +67,8 @@ def _inside(section: Section, band: Band) -> bool:
     return section.level == 0 and band.layer_begin <= section.layer_begin and section.layer_end <= band.layer_end
 
 
-def _length(table: SectionTable, band: Band) -> int:
-    found = band_range(table, band)
-    return found.end - found.start
+def _offsets(table: SectionTable) -> tuple[dict[int, int], dict[int, int]]:
+    """Where the base level's first section from a layer on starts, and where the last one up to a layer ends."""
+    base = [section for section in table.sections if section.level == 0]
+    starts = {section.layer_begin: section.offset for section in reversed(base)}
+    return starts, {section.layer_end: section.end for section in base}
