@@ -81,7 +81,7 @@ class Settings(BaseSettings):
     codec_threads: Annotated[int, Field(ge=0, le=256)] = 0
     """Threads that encode and decode. 0: one for each core."""
 
-    verdict_lifetime_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    verdict_lifetime_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
     """Seconds for which an object found damaged or vanished is not offered again (unless a save mends it sooner)."""
 
     cache_dir: Path = Field(default_factory=lambda: _default_cache_dir())

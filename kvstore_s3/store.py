@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,39 +13,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_s3.bitstream import (
-    HINT_NAME,
-    PARTS_KV,
-    Identity,
-    Payload,
-    SectionTable,
-    build_object,
-    decode_hint,
-    encode_hint,
-    parse_header,
-    read_header_length,
-)
-from kvstore_s3.codec.base import Bits
-from kvstore_s3.codec.registry import encode_section
+from kvstore_s3.bitstream import HINT_NAME, Identity, encode_hint
 from kvstore_s3.config import Settings, load_settings
-from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
+from kvstore_s3.encode import encode_object, view_bits
+from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.load import StoredChunk, in_thread, read_band, run_all
+from kvstore_s3.lookup import ChunkFinder, object_key
 from kvstore_s3.namespace import Namespace
-from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.transfer.buffers import BufferBudget
 from kvstore_s3.transfer.ranges import plan_bands
 
-log = logging.getLogger("kvstore_s3")
-
-_HEADER_GUESS = 4096
-"""Bytes read for a header whose length is not known: enough for 100 sections."""
-
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 """Token ids from 0 to 2**32 - 1: a list, a numpy array, or a tensor; shape [n] or [1, n]."""
-
-_BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +92,11 @@ class KVStore:
         self._buffers = BufferBudget(settings.buffer_bytes)
         self._downloads = asyncio.Semaphore(settings.download_concurrency)
         self._uploads = asyncio.Semaphore(settings.upload_concurrency)
-        self._lost: dict[bytes, float] = {}
+        self._finder = ChunkFinder(
+            self.objects,
+            concurrency=settings.lookup_concurrency,
+            verdict_lifetime_s=settings.verdict_lifetime_s,
+        )
         self._described = False
 
     @classmethod
@@ -148,8 +132,7 @@ class KVStore:
         Asks for all chunks at once, at most `lookup_concurrency` in flight; what lies behind the first miss is not
         waited for any longer than what is in flight. Raises `StoreError` where the store does not answer.
         """
-        keys = self._keys(token_ids, salt)
-        found = await self._find_all(keys, stop_at_miss=True)
+        found = await self._finder.find_all(self._identities(token_ids, salt), stop_at_miss=True)
         length = next((index for index, chunk in enumerate(found) if chunk is None), len(found))
         return Hit(tuple(chunk for chunk in found[:length] if chunk is not None), self.namespace.chunk_tokens)
 
@@ -190,78 +173,30 @@ class KVStore:
         self._check_values(kv, len(tokens) - first_token)
         size = self.namespace.chunk_tokens
         first = first_token // size
-        keys = self._keys(tokens, salt)[first : first + kv.shape[2] // size]
-        found = await self._find_all(keys, stop_at_miss=False)
+        chunks = self._identities(tokens, salt)[first : first + kv.shape[2] // size]
+        found = await self._finder.find_all(chunks, stop_at_miss=False)
         missing = [index for index, chunk in enumerate(found) if chunk is None]
+        damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
         if missing:
             await self._describe_namespace()
         written: list[int] = []
 
         async def write(index: int) -> None:
             async with self._uploads:
-                written.append(await self._write_chunk(keys[index], kv[:, :, index * size : (index + 1) * size]))
+                values = kv[:, :, index * size : (index + 1) * size]
+                written.append(await self._write_chunk(chunks[index], values, replace=index in damaged))
 
         await run_all([write(index) for index in missing])
         new = sum(1 for length in written if length)
-        return Saved(new, len(keys) - new, sum(written))
+        return Saved(new, len(chunks) - new, sum(written))
 
-    def _keys(self, token_ids: TokenIds, salt: str | bytes | None) -> list[bytes]:
-        return chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)
+    def _identities(self, token_ids: TokenIds, salt: str | bytes | None) -> list[Identity]:
+        keys = chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)
+        return [self._identity(key) for key in keys]
 
     def _identity(self, key: bytes) -> Identity:
         layout = self.namespace.layout
         return Identity(self.namespace.digest, key, layout.full_shard, layout, self.namespace.chunk_tokens)
-
-    def _object_key(self, identity: Identity) -> str:
-        return f"{self.namespace.hex}/{identity.key.hex()}/{identity.shard.name}"
-
-    async def _find_all(self, keys: Sequence[bytes], *, stop_at_miss: bool) -> list[StoredChunk | None]:
-        """One answer for each key, in order. With `stop_at_miss`, keys behind the first miss may be answered None."""
-        found: list[StoredChunk | None] = [None] * len(keys)
-        limit = len(keys)
-        position = 0
-
-        async def work() -> None:
-            nonlocal limit, position
-            while position < limit:
-                index, position = position, position + 1
-                found[index] = await self._find(keys[index])
-                if found[index] is None and stop_at_miss:
-                    limit = min(limit, index)
-
-        await run_all([work() for _ in range(min(self.settings.lookup_concurrency, len(keys)))])
-        return found
-
-    async def _find(self, key: bytes) -> StoredChunk | None:
-        if self._is_lost(key):
-            return None
-        identity = self._identity(key)
-        try:
-            info = await self.objects.head(self._object_key(identity))
-            return None if info is None else await self._inspect(info, identity)
-        except (DamagedObjectError, ObjectNotFoundError) as error:
-            self._lose(identity, error)
-            return None
-
-    async def _inspect(self, info: ObjectInfo, identity: Identity) -> StoredChunk:
-        hint = info.metadata.get(HINT_NAME)
-        if hint is not None:
-            try:
-                table = decode_hint(hint, identity)
-            except DamagedObjectError:
-                pass  # a hint is only a hint: the header decides
-            else:
-                if table.object_length == info.size:
-                    return StoredChunk(info.key, identity, table, None)
-        data = bytearray(min(_HEADER_GUESS, info.size))
-        await self.objects.get_range(info.key, 0, memoryview(data))
-        length = read_header_length(data)
-        if length > len(data):
-            data = bytearray(min(length, info.size))
-            await self.objects.get_range(info.key, 0, memoryview(data))
-        header = parse_header(data, identity)
-        header.table.check_object_length(info.size)
-        return StoredChunk(info.key, identity, header.table, header)
 
     async def _stream(
         self, chunks: Sequence[StoredChunk], out: torch.Tensor | None
@@ -290,7 +225,7 @@ class KVStore:
                 buffers=self._buffers,
                 slots=self._downloads,
                 threads=self._threads,
-                on_lost=self._lose,
+                on_lost=self._finder.lose,
             )
             return kv, asyncio.create_task(read)
 
@@ -308,18 +243,17 @@ class KVStore:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _write_chunk(self, key: bytes, kv: torch.Tensor) -> int:
+    async def _write_chunk(self, identity: Identity, kv: torch.Tensor, *, replace: bool) -> int:
         """Encode and put one chunk; return its bytes, or 0 where another writer was first."""
-        identity = self._identity(key)
         data, table = await in_thread(self._threads, encode_object, identity, kv, self.settings.layer_group)
         hint = encode_hint(table)
         created = await self.objects.put(
-            self._object_key(identity),
+            object_key(identity),
             memoryview(data),
             metadata={HINT_NAME: hint} if hint else None,
-            replace=key in self._lost,
+            replace=replace,
         )
-        self._lost.pop(key, None)
+        self._finder.mend(identity)
         return len(data) if created else 0
 
     async def _describe_namespace(self) -> None:
@@ -327,17 +261,6 @@ class KVStore:
         if not self._described:
             await self.objects.put(f"{self.namespace.hex}/namespace.json", self.namespace.to_json().encode("ascii"))
             self._described = True
-
-    def _lose(self, identity: Identity, error: Exception) -> None:
-        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
-        if not self._is_lost(identity.key):
-            log.warning("%s is treated as a miss: %s", self._object_key(identity), error)
-        now = time.monotonic()
-        self._lost = {key: until for key, until in self._lost.items() if until > now}
-        self._lost[identity.key] = now + self.settings.verdict_lifetime_s
-
-    def _is_lost(self, key: bytes) -> bool:
-        return self._lost.get(key, 0.0) > time.monotonic()
 
     def _empty(self, layers: int, tokens: int) -> torch.Tensor:
         layout = self.namespace.layout
@@ -373,28 +296,3 @@ class KVStore:
             raise InvalidArgumentError(
                 f"kv holds {shape[2]} tokens, but only {max(most, 0)} token ids follow first_token"
             )
-
-
-def view_bits(kv: torch.Tensor) -> Bits:
-    """The bit patterns of a CPU tensor, sharing its memory."""
-    bits: Bits = kv.view(_BITS[kv.element_size()]).numpy()
-    return bits
-
-
-def encode_object(identity: Identity, kv: torch.Tensor, layer_group: int) -> tuple[bytearray, SectionTable]:
-    """Encode one chunk [layers, 2, tokens, heads, dim] into an object of sections of `layer_group` layers."""
-    kv = kv.detach().cpu()
-    bits = view_bits(kv if _rows_contiguous(kv) else kv.contiguous())
-    payloads = []
-    shard = identity.shard
-    for begin in range(shard.layer_begin, shard.layer_end, layer_group):
-        end = min(begin + layer_group, shard.layer_end)
-        values = bits[begin - shard.layer_begin : end - shard.layer_begin]
-        codec_id, data = encode_section(values, identity.layout.dtype)
-        payloads.append(Payload(0, PARTS_KV, codec_id, begin, end, data))
-    return build_object(identity, payloads)
-
-
-def _rows_contiguous(kv: torch.Tensor) -> bool:
-    heads_stride, dim_stride = kv.stride()[3:]
-    return dim_stride == 1 and heads_stride == kv.shape[4]

@@ -1,0 +1,97 @@
+"""Which chunks of a prompt are stored: parallel heads, hints and headers, and verdicts that are withdrawn."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from kvstore_s3.bitstream import HINT_NAME, Identity, decode_hint, parse_header, read_header_length
+from kvstore_s3.errors import DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.load import StoredChunk, run_all
+from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+
+log = logging.getLogger("kvstore_s3")
+
+_HEADER_GUESS = 4096
+"""Bytes read for a header whose length is not known: enough for 100 sections."""
+
+
+def object_key(identity: Identity) -> str:
+    """`<namespace>/<chunk key>/<shard>`, as docs/FORMAT.md says."""
+    return f"{identity.namespace.hex()}/{identity.key.hex()}/{identity.shard.name}"
+
+
+class ChunkFinder:
+    """Finds chunks in one object store, and remembers which turned out damaged or gone.
+
+    A chunk that was lost is not offered again for `verdict_lifetime_s` seconds, unless `mend` is told of it sooner.
+    """
+
+    def __init__(self, objects: ObjectStore, *, concurrency: int, verdict_lifetime_s: float) -> None:
+        self._objects = objects
+        self._concurrency = concurrency
+        self._verdict_lifetime_s = verdict_lifetime_s
+        self._lost: dict[bytes, float] = {}
+
+    async def find_all(self, identities: Sequence[Identity], *, stop_at_miss: bool) -> list[StoredChunk | None]:
+        """One answer for each chunk, in order. With `stop_at_miss`, those behind the first miss may be answered None."""
+        found: list[StoredChunk | None] = [None] * len(identities)
+        limit = len(identities)
+        position = 0
+
+        async def work() -> None:
+            nonlocal limit, position
+            while position < limit:
+                index, position = position, position + 1
+                found[index] = await self._find(identities[index])
+                if found[index] is None and stop_at_miss:
+                    limit = min(limit, index)
+
+        await run_all([work() for _ in range(min(self._concurrency, len(identities)))])
+        return found
+
+    async def _find(self, identity: Identity) -> StoredChunk | None:
+        if self.is_lost(identity):
+            return None
+        try:
+            info = await self._objects.head(object_key(identity))
+            return None if info is None else await self._inspect(info, identity)
+        except (DamagedObjectError, ObjectNotFoundError) as error:
+            self.lose(identity, error)
+            return None
+
+    async def _inspect(self, info: ObjectInfo, identity: Identity) -> StoredChunk:
+        hint = info.metadata.get(HINT_NAME)
+        if hint is not None:
+            try:
+                table = decode_hint(hint, identity)
+            except DamagedObjectError:
+                pass  # a hint is only a hint: the header decides
+            else:
+                if table.object_length == info.size:
+                    return StoredChunk(info.key, identity, table, None)
+        data = bytearray(min(_HEADER_GUESS, info.size))
+        await self._objects.get_range(info.key, 0, memoryview(data))
+        length = read_header_length(data)
+        if length > len(data):
+            data = bytearray(min(length, info.size))
+            await self._objects.get_range(info.key, 0, memoryview(data))
+        header = parse_header(data, identity)
+        header.table.check_object_length(info.size)
+        return StoredChunk(info.key, identity, header.table, header)
+
+    def lose(self, identity: Identity, error: Exception) -> None:
+        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
+        if not self.is_lost(identity):
+            log.warning("%s is treated as a miss: %s", object_key(identity), error)
+        now = time.monotonic()
+        self._lost = {key: until for key, until in self._lost.items() if until > now}
+        self._lost[identity.key] = now + self._verdict_lifetime_s
+
+    def is_lost(self, identity: Identity) -> bool:
+        return self._lost.get(identity.key, 0.0) > time.monotonic()
+
+    def mend(self, identity: Identity) -> None:
+        """The object was written anew."""
+        self._lost.pop(identity.key, None)
