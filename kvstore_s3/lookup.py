@@ -35,7 +35,7 @@ class ChunkFinder:
         self._lost: dict[bytes, float] = {}
 
     async def find_all(self, identities: Sequence[Identity], *, stop_at_miss: bool) -> list[StoredChunk | None]:
-        """One answer for each chunk, in order. With `stop_at_miss`, those behind the first miss may be answered None."""
+        """One answer for each chunk, in order. With `stop_at_miss`, those behind the first miss may be None."""
         found: list[StoredChunk | None] = [None] * len(identities)
         limit = len(identities)
         position = 0
