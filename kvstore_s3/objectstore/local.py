@@ -1,6 +1,8 @@
 """file://: objects as files in a directory tree, the embedded default.
 
 Files are 0600 and directories 0700. File calls run in threads and read and write the caller's memory directly.
+What is wrong with one object alone (a directory, link, pipe or socket in its place, a file in its directory's place, a
+disk that cannot read it) is a `DamagedObjectError` of `head` and `get_range`: the other objects can still be read.
 """
 
 from __future__ import annotations
@@ -74,16 +76,16 @@ class LocalStore:
         check_key(key)
         source, kept = view_source(data), check_metadata(metadata)
         await self._sweep_once()
-        return await self._run(lambda: self._files.write(key, source, kept, replace=replace))
+        return await self._run(lambda: self._files.write(key, source, kept, replace=replace), key)
 
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)
-        return await self._run(lambda: self._files.stat(key))
+        return await self._run(lambda: self._files.stat(key), key)
 
     async def get_range(self, key: str, start: int, into: memoryview) -> None:
         check_key(key)
         target = view_target(start, into)
-        await self._run(lambda: self._files.read(key, start, target))
+        await self._run(lambda: self._files.read(key, start, target), key)
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         walk = self._files.walk(check_prefix(prefix))
@@ -93,7 +95,7 @@ class LocalStore:
 
     async def delete(self, key: str) -> None:
         check_key(key)
-        await self._run(lambda: self._files.remove(key))
+        await self._run(lambda: self._files.remove(key), key)
 
     async def close(self) -> None:
         self._closed = True
@@ -104,23 +106,28 @@ class LocalStore:
             self._swept = True
             await self._run(self._files.sweep)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread and wait for its end even when cancelled: it may use the caller's memory."""
+    async def _run(self, work: Callable[[], T], key: str = "") -> T:
+        """Run `work`, on the object `key`, in a thread and wait for its end even when cancelled.
+
+        It may use the caller's memory.
+        """
         if self._closed:
             raise StoreUnavailableError(f"{self.url} is closed; open it again")
         call = self._executor.submit(work)
         try:
             return await finish(asyncio.wrap_future(call), on_cancel=call.cancel)
         except OSError as error:
-            raise _map_error(self._files.root, error) from error
+            raise _map_error(self._files.root / key, error) from error
 
 
 def _take(walk: Iterator[ObjectInfo]) -> list[ObjectInfo]:
     return list(islice(walk, _LIST_BATCH))
 
 
-def _map_error(root: Path, error: OSError) -> StoreError:
-    where = root if error.filename is None else root / os.fsdecode(error.filename)
+def _map_error(path: Path, error: OSError) -> StoreError:
+    """Map an error met at `path`. Only a whole path in the error knows better: others are relative or descriptors."""
+    named = error.filename
+    where = named if isinstance(named, str) and os.path.isabs(named) else path
     code = error.errno or 0
     if code in _REFUSED:
         return StoreRefusedError(f"{where}: {_REFUSED[code]} [{errno.errorcode[code]}]")

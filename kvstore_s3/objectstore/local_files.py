@@ -27,12 +27,23 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _NO_LINK = os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_ATTRIBUTES = frozenset({errno.ENOTSUP, errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE, errno.EPERM})
 _NO_LOCKS = frozenset({errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK})
+_DAMAGES: Mapping[int, str] = {
+    errno.ELOOP: "a symbolic link lies in its place; remove it",
+    errno.ENOTDIR: "a file or a symbolic link lies in the place of a directory; remove it",
+    errno.ENXIO: "it is not a regular file; remove what lies in the object's place",
+    errno.EIO: "the disk cannot read it; check the disk",
+}
+"""What is wrong with one object alone, whose neighbours can still be read."""
 _PUBLISH_ATTEMPTS = 100
 """How often a directory may vanish under a writer, by deletes beside it, until it gives up."""
 
 
 class LocalFiles:
-    """Blocking operations on the objects below `root`. Raises OSError as it comes; `LocalStore` maps it."""
+    """Blocking operations on the objects below `root`.
+
+    Raises OSError as it comes, for `LocalStore` to map, with a whole path or none that counts. Where `stat` and `read`
+    meet something in the place of one object that is none, they raise `DamagedObjectError` (TRUNCATED).
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,7 +59,7 @@ class LocalFiles:
 
     def write(self, key: str, data: memoryview, metadata: Mapping[str, str], *, replace: bool) -> bool:
         """Create or replace an object; False where it exists and is to be left alone."""
-        if not replace and self.stat(key) is not None:
+        if not replace and self._exists(key):
             return False
         with self._open_temporaries() as directory, _open_temporary(directory) as (name, file):
             _write_all(file, data)
@@ -96,8 +107,9 @@ class LocalFiles:
             with self._open_directory(parent) as directory:
                 os.unlink(leaf, dir_fd=directory)
             while parent:
+                emptied = self.root / parent
                 parent, _, leaf = parent.rpartition("/")
-                with self._open_directory(parent) as directory:
+                with self._open_directory(parent) as directory, _naming(emptied):
                     os.rmdir(leaf, dir_fd=directory)
         except FileNotFoundError:
             return
@@ -115,7 +127,12 @@ class LocalFiles:
 
     def _scan(self, directory: str) -> list[tuple[str, os.stat_result]]:
         found = []
-        with suppress(FileNotFoundError), self._open_directory(directory) as opened, os.scandir(opened) as entries:
+        with (
+            suppress(FileNotFoundError),
+            self._open_directory(directory) as opened,
+            _naming(self.root / directory),
+            os.scandir(opened) as entries,
+        ):
             for entry in entries:
                 with suppress(FileNotFoundError):
                     found.append((entry.name, entry.stat(follow_symlinks=False)))
@@ -132,20 +149,33 @@ class LocalFiles:
         with self._open_directory(parent, create=True) as target:
             return _give_name(directory, name, target, leaf, replace=replace)
 
+    def _exists(self, key: str) -> bool:
+        parent, _, leaf = key.rpartition("/")
+        try:
+            with self._open_directory(parent) as directory:
+                status = os.stat(leaf, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreRefusedError(
+                f"{self.root / key}: a file was expected; a directory, symbolic link, pipe or socket lies in its "
+                "place; remove it"
+            )
+        return True
+
     @contextmanager
     def _open_object(self, key: str) -> Iterator[int]:
         parent, _, leaf = key.rpartition("/")
-        with self._open_directory(parent) as directory:
-            # Non-blocking, so that a named pipe in an object's place cannot hang a reader.
-            file = os.open(leaf, os.O_RDONLY | os.O_NONBLOCK | _NO_LINK, dir_fd=directory)
-        try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise StoreRefusedError(
-                    f"{self.root / key} is not a regular file; remove what lies in the object's place"
-                )
-            yield file
-        finally:
-            os.close(file)
+        with self._open_root() as root, _damage_of(self.root / key):  # the root's own errors are the whole store's
+            with self._open_below(root, parent) as directory:
+                # Non-blocking, so that a named pipe in an object's place cannot hang a reader.
+                file = os.open(leaf, os.O_RDONLY | os.O_NONBLOCK | _NO_LINK, dir_fd=directory)
+            try:
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+                yield file
+            finally:
+                os.close(file)
 
     @contextmanager
     def _open_temporaries(self) -> Iterator[int]:
@@ -158,19 +188,59 @@ class LocalFiles:
 
     @contextmanager
     def _open_directory(self, path: str, *, create: bool = False) -> Iterator[int]:
+        with self._open_root() as root, self._open_below(root, path, create=create) as directory:
+            yield directory
+
+    @contextmanager
+    def _open_root(self) -> Iterator[int]:
+        with _naming(self.root):
+            root = os.open(self.root, _DIRECTORY)
+        try:
+            yield root
+        finally:
+            os.close(root)
+
+    @contextmanager
+    def _open_below(self, root: int, path: str, *, create: bool = False) -> Iterator[int]:
         """Open a directory below the root, part by part, so that no symbolic link leads out of it."""
-        directory = os.open(self.root, _DIRECTORY)
+        directory, reached = os.dup(root), self.root
         try:
             for part in filter(None, path.split("/")):
-                if create:
-                    with suppress(FileExistsError):
-                        os.mkdir(part, 0o700, dir_fd=directory)
-                inner = os.open(part, _DIRECTORY | _NO_LINK, dir_fd=directory)
+                reached /= part
+                with _naming(reached):
+                    if create:
+                        with suppress(FileExistsError):
+                            os.mkdir(part, 0o700, dir_fd=directory)
+                    inner = os.open(part, _DIRECTORY | _NO_LINK, dir_fd=directory)
                 os.close(directory)
                 directory = inner
             yield directory
         finally:
             os.close(directory)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the whole path in an OSError: a call relative to an open directory names the last part alone."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Raise `DamagedObjectError` for what is wrong with the object at `path` alone."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+        if code not in _DAMAGES:
+            raise
+        where = error.filename if code == errno.ENOTDIR else path  # the directory's place, above the object's
+        message = f"{where}: {_DAMAGES[code]} [{errno.errorcode[code]}]"
+        raise DamagedObjectError(BitstreamFault.TRUNCATED, message) from error
 
 
 @contextmanager

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from objectstore.suite import KEY, ObjectStoreSuite, names, read
 
 from kvstore_s3.config import Settings
-from kvstore_s3.errors import StoreRefusedError, StoreUnavailableError
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.objectstore.open import open_store
 
@@ -90,9 +92,11 @@ async def test_a_link_to_a_file_is_no_object(store: ObjectStore, root: Path, tmp
     (tmp_path / "outside").write_bytes(b"secret")
     await store.put("a/b", b"x")
     (root / "a/link").symlink_to(tmp_path / "outside")
-    for attempt in (store.head("a/link"), read(store, "a/link", 0, 6), store.put("a/link", b"x")):
-        with pytest.raises(StoreRefusedError, match="symbolic links"):
+    for attempt in (store.head("a/link"), read(store, "a/link", 0, 6)):
+        with pytest.raises(DamagedObjectError, match="symbolic link"):
             await attempt
+    with pytest.raises(StoreRefusedError, match="symbolic link"):
+        await store.put("a/link", b"x")
     assert await names(store.list()) == ["a/b"]
     assert (tmp_path / "outside").read_bytes() == b"secret"
 
@@ -102,9 +106,11 @@ async def test_a_link_to_a_directory_is_not_followed(store: ObjectStore, root: P
     (tmp_path / "outside" / "file").write_bytes(b"secret")
     await store.put("a/b", b"x")
     (root / "link").symlink_to(tmp_path / "outside")
-    for attempt in (store.head("link/file"), read(store, "link/file", 0, 6), store.put("link/new", b"x")):
-        with pytest.raises(StoreRefusedError, match="symbolic link"):
+    for attempt in (store.head("link/file"), read(store, "link/file", 0, 6)):
+        with pytest.raises(DamagedObjectError, match="symbolic link"):
             await attempt
+    with pytest.raises(StoreRefusedError, match="symbolic link"):
+        await store.put("link/new", b"x")
     assert await names(store.list()) == ["a/b"]
     assert os.listdir(tmp_path / "outside") == ["file"]
 
@@ -121,9 +127,108 @@ async def test_the_root_itself_may_be_a_link(tmp_path: Path) -> None:
 async def test_a_named_pipe_in_an_objects_place_does_not_hang_a_reader(store: ObjectStore, root: Path) -> None:
     await store.put("a/b", b"x")
     os.mkfifo(root / "a/pipe")
-    with pytest.raises(StoreRefusedError, match="not a regular file"):
+    with pytest.raises(DamagedObjectError, match="not a regular file"):
         await store.head("a/pipe")
     assert await names(store.list()) == ["a/b"]
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        at = os.open(path.parent, os.O_RDONLY)  # a socket's own path may have 107 bytes only
+        try:
+            made.bind(f"/proc/self/fd/{at}/{path.name}")
+        finally:
+            os.close(at)
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "a directory": lambda path: path.mkdir(),
+    "a link": lambda path: path.symlink_to("b"),
+    "a dangling link": lambda path: path.symlink_to("nothing"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a pipe": lambda path: os.mkfifo(path),
+    "a socket": make_socket,
+}
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+async def test_what_lies_in_one_objects_place_is_that_objects_damage(
+    store: ObjectStore, root: Path, make: Callable[[Path], object]
+) -> None:
+    await store.put("a/b", b"x")
+    make(root / "a/odd")
+    for attempt in (store.head("a/odd"), read(store, "a/odd", 0, 1)):
+        with pytest.raises(DamagedObjectError, match=re.escape(f"{root / 'a/odd'}: ")) as caught:
+            await attempt
+        assert caught.value.code == BitstreamFault.TRUNCATED
+    with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/odd'}: a file was expected")):
+        await store.put("a/odd", b"y")
+    assert await read(store, "a/b", 0, 1) == b"x"
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD)
+async def test_all_but_a_directory_can_be_replaced_by_an_object(
+    store: ObjectStore, root: Path, make: Callable[[Path], object]
+) -> None:
+    await store.put("a/b", b"x")
+    make(root / "a/odd")
+    if (root / "a/odd").is_dir():
+        with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/odd'}: a file was expected; a directory")):
+            await store.put("a/odd", b"y", replace=True)
+        assert os.listdir(root / ".tmp") == []
+    else:
+        assert await store.put("a/odd", b"y", replace=True) is True
+        assert await read(store, "a/odd", 0, 1) == b"y"
+    assert await read(store, "a/b", 0, 1) == b"x"
+
+
+async def test_a_file_in_the_place_of_an_objects_directory_is_that_objects_damage(
+    store: ObjectStore, root: Path
+) -> None:
+    await store.put("a/b", b"x")
+    for attempt in (store.head("a/b/c/d"), read(store, "a/b/c/d", 0, 1)):
+        with pytest.raises(DamagedObjectError, match=re.escape(f"{root / 'a/b'}: ")):
+            await attempt
+    for replace in (False, True):
+        with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/b'}: a directory was expected")):
+            await store.put("a/b/c/d", b"x", replace=replace)
+
+
+async def test_an_object_that_the_disk_cannot_read_is_damaged(
+    store: ObjectStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    await store.put("a/b", b"x")
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(DamagedObjectError, match=re.escape(f"{root / 'a/b'}: the disk cannot read it")):
+        await read(store, "a/b", 0, 1)
+
+
+async def test_errors_name_paths_that_exist(store: ObjectStore, root: Path) -> None:
+    await store.put("a/b/c", b"x")
+    with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/b'}: a file was expected; a directory")):
+        await store.delete("a/b")
+    with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/b/c'}: a directory was expected")):
+        await names(store.list("a/b/c/d"))
+    (root / "a/b/link").symlink_to("c")
+    with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/b/link'}: a directory was expected")):
+        await store.delete("a/b/link/d")
+    (root / ".tmp").rmdir()
+    (root / ".tmp").write_bytes(b"x")
+    with pytest.raises(StoreRefusedError, match=re.escape(f"{root / '.tmp'}: a directory was expected")):
+        await store.put("a/new", b"x")
+
+
+async def test_an_object_that_may_not_be_read_is_refused_by_its_name(store: ObjectStore, root: Path) -> None:
+    await store.put("a/b", b"x")
+    (root / "a/b").chmod(0)
+    if os.access(root / "a/b", os.R_OK):
+        pytest.skip("this user may do everything")
+    for attempt in (store.head("a/b"), read(store, "a/b", 0, 1)):
+        with pytest.raises(StoreRefusedError, match=re.escape(f"{root / 'a/b'}: permission denied")):
+            await attempt
 
 
 async def test_foreign_files_are_not_listed(store: ObjectStore, root: Path) -> None:
