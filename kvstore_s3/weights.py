@@ -14,7 +14,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,15 @@ def weights_digest(directory: str | Path, cache_dir: str | Path) -> str:
     Covers config.json and adapter_config.json (without fields that do not change values, so that another transformers
     version or KV dtype gives the same digest), other quantisation settings (`*quant*.json`), every `*.safetensors`
     at the top (where there is none, `*.bin`, `*.pt`, `*.pth` and `*.gguf`) and all `*.py` (remote code), each by name,
-    size and content. Tokenizers are left out: keys are made of token ids. The directory's place, and links in it, do
+    size and content; and the `weight_map` of their `*.index.json`, which decides from which file an engine takes a
+    tensor. Tokenizers are left out: keys are made of token ids. The directory's place, and links in it, do
     not count.
 
     Hundreds of gigabytes are not read at each start: the digest of each file is remembered in `cache_dir`, under its
     real path and with (device, inode, size, mtime, ctime). Any write changes the ctime, and no user can set it back;
-    a file younger than two seconds is not remembered, as a second write in the same clock tick would go unseen. A
+    a file younger than two seconds is not remembered, as a second write in the same clock tick would go unseen. So that
+    writes through a memory map show, too, the file is written back to its disk before it is read: only the first
+    write to a clean page is stamped. tmpfs has no disk: there, do not change a model through a map that stays open. A
     damaged or missing cache costs a read, never a wrong digest. Only a first start, or one after a change, reads.
 
     Blocking; call it in a thread from asynchronous code. Raises `InvalidArgumentError` for a directory without a
@@ -82,13 +87,14 @@ def weights_digest(directory: str | Path, cache_dir: str | Path) -> str:
     configs = {name: _canonical_config(root / name) for name in _CONFIG_NAMES if (root / name).is_file()}
     if not configs:
         raise InvalidArgumentError(f"{root} has no config.json (nor adapter_config.json); give a model directory")
-    paths = _find_files(root)
+    paths, maps = _find_files(root)
     with ThreadPoolExecutor(_READERS, thread_name_prefix="kvstore-weights") as pool:
         digests = list(pool.map(lambda path: _digest_file(path, Path(cache_dir)), paths))
     files = [
         [path.relative_to(root).as_posix(), size, content] for path, (size, content) in zip(paths, digests, strict=True)
     ]
-    document = json.dumps({"configs": configs, "files": files}, sort_keys=True, separators=(",", ":"))
+    parts = {"configs": configs, "files": files} | ({"weight_maps": maps} if maps else {})
+    document = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return blake3(document.encode("ascii"), derive_key_context=WEIGHTS_CONTEXT).hexdigest()
 
 
@@ -126,8 +132,11 @@ def _without_ignored(value: Any) -> Any:
     return value
 
 
-def _find_files(root: Path) -> list[Path]:
-    """Return the files that decide a model's values, sorted by name. Raises if there are no weights, or not all."""
+def _find_files(root: Path) -> tuple[list[Path], dict[str, dict[str, str]]]:
+    """Return the files that decide a model's values, sorted by name, and the weight maps of its indices by name.
+
+    Raises if there are no weights, or not all.
+    """
     try:
         names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
         code = sorted(_find_code(root))
@@ -137,23 +146,28 @@ def _find_files(root: Path) -> list[Path]:
     weights = weights or [name for name in names if name.endswith(_FALLBACK_SUFFIXES)]
     if not weights:
         raise InvalidArgumentError(f"{root} has no weights (*.safetensors or *.bin); is the download complete?")
-    _check_shards(root, names, weights)
+    maps = {
+        name: _read_weight_map(root / name, weights)
+        for name in names
+        if name.endswith(".index.json") and any(weight.endswith(_index_suffix(name)) for weight in weights)
+    }
     settings = [name for name in names if name.endswith(".json") and "quant" in name]
-    return [root / name for name in weights + settings] + code
+    return [root / name for name in weights + settings] + code, maps
 
 
-def _check_shards(root: Path, names: list[str], weights: list[str]) -> None:
-    """A half-done download has a digest too, but not the model's."""
-    for name in names:
-        if name.endswith(".index.json") and any(weight.endswith(_index_suffix(name)) for weight in weights):
-            shards = read_json(root / name).get("weight_map")
-            listed = set(shards.values()) if isinstance(shards, dict) else set()
-            missing = sorted(str(shard) for shard in listed - set(weights))
-            if missing:
-                raise InvalidArgumentError(
-                    f"{root} lacks {len(missing)} of the {len(listed)} weight files in {name}, such as {missing[0]}; "
-                    "complete the download"
-                )
+def _read_weight_map(index: Path, weights: list[str]) -> dict[str, str]:
+    """Return which file each tensor is taken from. A half-done download has a digest too, but not the model's."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise InvalidArgumentError(f"{index} has no weight_map from tensors to files; is the download complete?")
+    listed = set(shards.values())
+    missing = sorted(listed - set(weights))
+    if missing:
+        raise InvalidArgumentError(
+            f"{index.parent} lacks {len(missing)} of the {len(listed)} weight files in {index.name}, such as "
+            f"{missing[0]}; complete the download"
+        )
+    return shards
 
 
 def _index_suffix(index_name: str) -> str:
@@ -200,8 +214,10 @@ def _digest_file(path: Path, cache_dir: Path) -> tuple[int, str]:
         known = _recall(real, stamp, cache_dir)
         if known is not None:
             return stamp.size, known
-        started = time.time_ns()
-        content = _read_digest(real, stamp)
+        with open(real, "rb", buffering=0) as file:
+            _write_back(file)
+            started, stamp = time.time_ns(), _Stamp.of(os.fstat(file.fileno()))
+            content = _read_digest(file, stamp)
     except OSError as error:
         raise InvalidArgumentError(f"cannot read the model file {path}: {error}") from error
     if stamp.is_settled(started):
@@ -209,14 +225,22 @@ def _digest_file(path: Path, cache_dir: Path) -> tuple[int, str]:
     return stamp.size, content
 
 
-def _read_digest(path: Path, stamp: _Stamp) -> str:
+def _write_back(file: FileIO) -> None:
+    """Make pages that were changed through a memory map clean: the next such change then changes the times.
+
+    Without this, a change of a page that is dirty already leaves no trace until the kernel writes it back.
+    """
+    with suppress(OSError):  # a file system that cannot be written, or has nothing to write back to
+        os.fsync(file.fileno())
+
+
+def _read_digest(file: FileIO, stamp: _Stamp) -> str:
     hasher, buffer = blake3(max_threads=blake3.AUTO), bytearray(_READ_BYTES)
     view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:  # not mapped: a file cut short meanwhile would kill the process
-        while count := file.readinto(buffer):
-            hasher.update(view[:count])
-        if _Stamp.of(os.fstat(file.fileno())) != stamp:
-            raise InvalidArgumentError(f"{path} changed while it was read; wait until it is written")
+    while count := file.readinto(buffer):  # not mapped: a file cut short meanwhile would kill the process
+        hasher.update(view[:count])
+    if _Stamp.of(os.fstat(file.fileno())) != stamp:
+        raise InvalidArgumentError(f"{file.name} changed while it was read; wait until it is written")
     return hasher.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstore_s3.errors import InvalidArgumentError
@@ -126,6 +128,32 @@ def test_a_half_done_download_is_refused(model: Path, cache: Path) -> None:
     assert weights_digest(model, cache)
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_which_file_a_tensor_is_taken_from_changes_the_digest(model: Path, cache: Path, suffix: str) -> None:
+    (model / "model.safetensors").unlink()
+    for name in ("a", "b"):
+        (model / f"{name}.{suffix}").write_bytes(name.encode())
+    index = model / f"model.{suffix}.index.json"
+
+    def digest_with(weight_map: dict[str, str]) -> str:
+        index.write_text(json.dumps({"metadata": {"total_size": len(weight_map)}, "weight_map": weight_map}))
+        return weights_digest(model, cache)
+
+    first = digest_with({"x": f"a.{suffix}", "y": f"b.{suffix}"})
+    assert digest_with({"y": f"b.{suffix}", "x": f"a.{suffix}"}) == first  # in any order
+    assert digest_with({"x": f"b.{suffix}", "y": f"a.{suffix}"}) != first
+    assert digest_with({"x": f"a.{suffix}", "y": f"b.{suffix}", "z": f"b.{suffix}"}) != first
+    index.unlink()
+    assert weights_digest(model, cache) != first
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": ["model.safetensors"]}}], ids=str)
+def test_an_index_that_says_no_file_is_refused(model: Path, cache: Path, index: object) -> None:
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InvalidArgumentError, match=r"index\.json has no weight_map"):
+        weights_digest(model, cache)
+
+
 def test_a_dangling_link_is_refused(model: Path, cache: Path) -> None:
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(model / "gone")
@@ -190,12 +218,55 @@ def test_a_write_that_hides_behind_the_old_mtime_is_seen(model: Path, cache: Pat
     assert weights_digest(model, cache) != before
 
 
+def skip_where_maps_leave_no_trace(path: Path) -> None:
+    """Skip on file systems such as tmpfs, where a page that was written through a map is never clean again."""
+    path.write_bytes(bytes(4096))
+    mapped = np.memmap(path, np.uint8, "r+")
+    mapped[0] = 1
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    before = path.stat()
+    time.sleep(0.05)  # longer than a clock tick
+    mapped[0] = 2
+    if path.stat().st_ctime_ns == before.st_ctime_ns:
+        pytest.skip("this file system does not stamp writes through a memory map")
+
+
+def test_a_second_write_through_one_memory_map_is_seen(
+    model: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_where_maps_leave_no_trace(tmp_path / "probe")
+    monkeypatch.setattr("kvstore_s3.weights._SETTLED_NS", 50_000_000)
+    mapped = np.memmap(model / "model.safetensors", np.uint8, "r+")
+    mapped[1000] = 1
+    time.sleep(0.2)  # the file has to age: no one can set a ctime
+    before = weights_digest(model, cache)
+    assert len(entries(cache)) == 2
+    mapped[1000] = 2
+    assert weights_digest(model, cache) != before
+
+
+def test_a_file_that_cannot_be_written_back_is_read_all_the_same(
+    model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights_digest(model, cache)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    assert weights_digest(model, cache) == before
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(model: Path) -> None:
     weights = model / "model.safetensors"
     stamp = _Stamp.of(weights.stat())
     weights.write_bytes(b"shorter")
-    with pytest.raises(InvalidArgumentError, match="changed while it was read"):
-        _read_digest(weights, stamp)
+    with (
+        weights.open("rb", buffering=0) as file,
+        pytest.raises(InvalidArgumentError, match=r"safetensors changed while it was read"),
+    ):
+        _read_digest(file, stamp)
 
 
 def test_writers_at_the_same_time_do_not_disturb_each_other(model: Path, cache: Path, tmp_path: Path) -> None:
