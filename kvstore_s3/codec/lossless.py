@@ -29,8 +29,9 @@ class LosslessCodec:
     name: ClassVar[str] = "lossless"
 
     def encode(self, values: Bits) -> bytes:
-        """Code uint16 bit patterns [layers, 2, tokens, heads, head_dim]. Never 1 % longer than raw. Releases the GIL.
+        """Code uint16 bit patterns [layers, 2, tokens, heads, head_dim]. Releases the GIL.
 
+        At most 8 bytes per KV head longer than raw; `registry.encode_section` stores raw where this is not shorter.
         Raises `InvalidArgumentError` where one head has `MAX_HEAD_BYTES` or more.
         """
         try:
