@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.connectors.pretrained import load_model
 from kvstore_s3.connectors.transformers.admission import check_model, check_weights
 from kvstore_s3.connectors.transformers.canonical import build_cache, read_cache
 from kvstore_s3.connectors.transformers.prompt import as_prompt, check_arguments
 from kvstore_s3.errors import InvalidArgumentError, KVStoreError
+from kvstore_s3.hub import find_model_directory
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.runtime import connect
 from kvstore_s3.store import Saved
@@ -24,7 +26,6 @@ from kvstore_s3.store import Saved
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-    from kvstore_s3.config import Settings
     from kvstore_s3.runtime import SyncKVStore
 
 log = logging.getLogger("kvstore_s3")
@@ -95,9 +96,11 @@ class PrefixCache:
         cls, model: str, url: str, settings: Settings | None = None, *, dtype: str | None = None
     ) -> Iterator[Self]:
         """Load a model directory or hub id and connect to `url`, under the namespace of just these weights."""
-        namespace = Namespace.from_model(model, dtype=dtype)
+        settings = settings or load_settings()
+        directory = find_model_directory(model)  # once: what a hub id means may change between two answers
+        namespace = Namespace.from_model(directory, dtype=dtype, chunk_tokens=settings.chunk_tokens)
         with connect(url, namespace, settings) as store:
-            yield cls(load_model(model, namespace.layout.dtype), store)
+            yield cls(load_model(str(directory), namespace.layout.dtype), store)
 
     def generate(self, input_ids: Any, *, salt: str | bytes | None = None, **arguments: Any) -> Any:
         """`model.generate` for one prompt, with the same arguments and the same answer.
