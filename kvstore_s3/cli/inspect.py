@@ -140,11 +140,11 @@ async def _sample_headers(objects: ObjectStore, totals: NamespaceTotals) -> _Sam
     names = islice(((key, shard) for key in sorted(totals.chunks) for shard in totals.shards), SAMPLE_OBJECTS)
     for key, shard in names:
         object_key = f"{totals.hex}/{key.hex()}/{shard.name}"
-        info = await objects.head(object_key)
         name = parse_name(object_key)
-        if info is None or name is None:
-            continue
         try:
+            info = await objects.head(object_key)
+            if info is None or name is None:
+                continue
             header = await read_header(objects, info, expect_identity(name, totals.namespace))
             codecs = [codec_for(part.codec, totals.namespace.layout.dtype).name for part in header.table.sections]
         except ObjectNotFoundError:

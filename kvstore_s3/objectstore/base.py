@@ -61,7 +61,10 @@ class ObjectStore(Protocol):
         """
 
     async def head(self, key: str) -> ObjectInfo | None:
-        """Size and metadata, or None where there is no such object."""
+        """Size and metadata, or None where there is no such object.
+
+        Raises `DamagedObjectError` where something that cannot be read as an object lies under the name.
+        """
 
     async def get_range(self, key: str, start: int, into: memoryview) -> None:
         """Fill `into` (writable, contiguous) with the bytes from `start` on.

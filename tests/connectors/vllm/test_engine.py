@@ -132,7 +132,7 @@ def test_chunked_prefill_preemption_and_salts(plain: Any, run_engine: Any, tmp_p
     run = run_engine([SHARING, SHARING, salted, salted], store=f"file://{tmp_path}", max_tokens=200, **limits)
     assert small.count("num_preemptions") > 0
     assert run.count("num_preemptions") > 0
-    assert run.tokens == small.tokens
+    assert first_tokens(run) == first_tokens(small)
     assert run.cached[2] == [0], "another tenant's KV is not used"
     distinct_chunks = 2 + 3 + 3  # the shared two, each prompt's third, and the salted prompt's three
     assert len(list(tmp_path.rglob("l0-4.h0-4"))) == distinct_chunks
@@ -178,6 +178,12 @@ def assert_close_in_angle(left: Any, right: Any) -> None:
     angles = cosine_similarity(left.float(), right.float(), dim=-1)
     assert float(angles.mean()) > 0.999
     assert float(angles[0].min()) > 0.99, "the first layer has met little rounding"
+
+
+def first_tokens(run: Any) -> Prompt:
+    """The first 48 tokens of each answer. Further on, even the plain engine's choice between two nearly equal tokens
+    depends on which requests it computes together: alone, the first prompt's answer differs from its 79th token on."""
+    return [[answer[:48] for answer in answers] for answers in run.tokens]
 
 
 def closed_port() -> int:
