@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvstore_s3.connectors.transformers import PrefixCache
 
 NEW_TOKENS = 24
-WARM_RUNS = 3
+WARM_RUNS = 5
 
 
 class FirstToken(BaseStreamer):  # type: ignore[misc]

@@ -54,7 +54,8 @@ def _download(name: str, commit: str | None, patterns: list[str]) -> Path:
     except failures as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InvalidArgumentError(
-            f"{name!r} is neither a directory nor a model that the Hugging Face hub or its local cache has: {reason[0]}"
+            f"{name!r} is neither a directory nor a model that the Hugging Face hub or its local cache has; give the "
+            f"directory of a model, or check the id and the network ({reason[0]})"
         ) from error
 
 

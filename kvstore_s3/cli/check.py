@@ -171,6 +171,8 @@ def _report(
 
 
 def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float) -> list[str]:
+    if not (findings.objects or findings.damaged or foreign):
+        return ["nothing is stored here; is the store's URL right?"]
     verdict = f"{len(findings.damaged):,} damaged" if findings.damaged else "all as saved"
     lines = [
         f"{count_noun(findings.objects, 'object')} in {count_noun(namespaces, 'namespace')}, "

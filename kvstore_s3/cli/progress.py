@@ -18,14 +18,17 @@ LINE_INTERVAL_S = 5.0
 
 
 class WorkProgress:
-    """Counts `unit`s of work from 0 to `total`. Used as a context manager; the last state is always shown."""
+    """Counts `unit`s of work from 0 to `total`. Used as a context manager.
 
-    def __init__(self, verb: str, total: int, unit: str) -> None:
+    Work that ends within `patience_s` seconds leaves no line where stderr is no terminal; else the last state is shown.
+    """
+
+    def __init__(self, verb: str, total: int, unit: str, *, patience_s: float = 0.0) -> None:
         self._verb, self._total, self._unit = verb, total, unit
         self._done = 0
         self._label = ""
         self._start = time.monotonic()
-        self._next_line = self._start  # the first work that is done is shown at once
+        self._first_line = self._next_line = self._start + patience_s  # with no patience, the first work that is done
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -43,7 +46,7 @@ class WorkProgress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None and self._total:
+        elif kind is None and self._total and time.monotonic() >= self._first_line:
             self._print_line()
 
     def advance(self, amount: int, label: str | None = None) -> None:

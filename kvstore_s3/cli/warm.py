@@ -89,7 +89,8 @@ def _store_plan(plan: Plan, store: SyncKVStore, options: WarmOptions, result: Wa
     try:
         _compute(plan, cache, options.salt, result)
     except StoreError as error:
-        raise type(error)(f"{error} (what was stored by then is whole; a second run goes on from there)") from error
+        kept = " (what was stored by then is whole; a second run goes on from there)" if result.chunks_new else ""
+        raise type(error)(f"{error}{kept}") from error
     finally:
         result.compute_seconds = time.monotonic() - started
 

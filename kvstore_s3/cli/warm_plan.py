@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore_s3.cli.documents import Document, Rejected, read_documents
-from kvstore_s3.cli.progress import WorkProgress
+from kvstore_s3.cli.progress import LINE_INTERVAL_S, WorkProgress
 from kvstore_s3.cli.prompts import PromptStyle, Tokenizer, build_prompt
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hashing import chunk_keys, root_key
@@ -71,13 +71,12 @@ class Planner:
     def plan(self, sources: Sequence[Path], jsonl_field: str | None) -> Plan:
         """Read, tokenise and look up all documents. Raises `StoreError` where the store fails."""
         plan = Plan()
-        with WorkProgress("read", len(sources), "file") as progress:
+        with WorkProgress("read", len(sources), "file", patience_s=LINE_INTERVAL_S) as progress:
             for source in sources:
                 for document in read_documents(source, sys.stdin.buffer, jsonl_field=jsonl_field):
                     rejected = document if isinstance(document, Rejected) else self._start(plan, document)
                     if rejected is not None:
                         plan.failed.append(rejected)
-                        progress.say(f"skipped {rejected.name}: {rejected.reason}")
                 progress.advance(1, str(source))
             while self._lookups:
                 self._finish(plan)

@@ -139,9 +139,18 @@ def test_documents_that_cannot_be_used_are_named_and_the_others_are_done(
     reasons = {Path(failed["name"]).name: failed["reason"] for failed in ran.json["failed"]}
     assert set(reasons) == {"empty.txt", "latin.txt", "long.txt"}
     assert "the model's context is 4,096" in reasons["long.txt"]
-    assert "skipped" in ran.err
     assert ran.json["chunks_new"] == ran.json["chunks"] > 0
-    assert "too short  1 with less than one chunk" in warm(docs).out
+    told = warm(docs)
+    assert "too short  1 with less than one chunk" in told.out
+    assert (told.out + told.err).count("empty.txt") == 1, "what failed is named once"
+
+
+@pytest.mark.parametrize("text", ["", corpus()[:40_000]], ids=["empty", "longer than the context"])
+def test_a_single_document_that_cannot_be_used_gets_one_line(warm: Cli, tmp_path: Path, text: str) -> None:
+    document = tmp_path / "one.txt"
+    document.write_text(text)
+    ran = warm(document)
+    assert (ran.code, len(ran.err.splitlines()), ran.out) == (2, 1, "")
 
 
 def test_a_lost_description_of_the_namespace_is_put_back(warm: Cli, docs: Path, tmp_path: Path) -> None:
