@@ -16,7 +16,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM
 
-    llm = LLM(skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", disable_log_stats=False, **job["engine"])
+    engine = {"dtype": "bfloat16", **job["engine"]}
+    llm = LLM(skip_tokenizer_init=True, enforce_eager=True, disable_log_stats=False, **engine)
     result = SCENARIOS[job["scenario"]](llm, job)
     print(MARK + json.dumps({**result, "counters": counters(llm)}), flush=True)
 
