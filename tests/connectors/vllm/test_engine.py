@@ -184,12 +184,6 @@ def assert_close_in_angle(left: Any, right: Any) -> None:
     assert float(angles[0].min()) > 0.99, "the first layer has met little rounding"
 
 
-def first_tokens(run: Any) -> list[list[Prompt]]:
-    """The first 48 tokens of each answer. Further on, even the plain engine's choice between two nearly equal tokens
-    depends on which requests it computes together: alone, the first prompt's answer differs from its 79th token on."""
-    return [[answer[:48] for answer in answers] for answers in run.tokens]
-
-
 def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
