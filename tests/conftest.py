@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,9 @@ from local_server import LocalServer
 from servers import build_servers, running_server
 
 _KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
+
+# A shell starts background jobs with SIGINT ignored, and programs inherit that; the tests of Ctrl-C need the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
