@@ -62,7 +62,7 @@ minio-stop: venv ## stop the MinIO of `make minio`
 	@$(BIN)/python examples/minio_server.py --stop
 
 bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
-	@for bench in benchmarks/*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+	@for bench in hashing codec_lossless load; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
 
 clean: ## remove what was built, but no stored data
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Bits per value and speed per core of the lossless codec, beside memcpy and zstd in the same run.
 
-    python benchmarks/codec_lossless.py [--assets DIR] [--json benchmarks/results/codec_lossless.json]
+    python benchmarks/codec_lossless.py [--assets DIR]
 
 Sections are those of the store: 256 tokens, groups of 4 layers; the KV of the models in DIR/models (default: the
 environment's KVSTORE_S3_TEST_ASSETS, else ../shared) and normal values in the shape of a larger model. Speeds are GB
@@ -10,16 +10,14 @@ of bf16 per second of the calling thread's CPU time, the best of several rounds,
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zstandard
+from record import record
 
 from kvstore_s3 import _native
 from kvstore_s3.codec.base import Bits
@@ -125,20 +123,6 @@ def measure(kv: Bits) -> dict[str, dict[str, float]]:
     return {**methods, "zstd 3 on raw": measure_zstd(sections), "memcpy": measure_copy(sections)}
 
 
-def describe_machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
-    }
-
-
 def report(name: str, methods: dict[str, dict[str, float]]) -> None:
     copy = methods["memcpy"]["decode_gb_s"]
     print(f"\n{name}\n{'':20}{'bits/value':>11}{'encode GB/s':>13}{'decode GB/s':>13}{'of memcpy':>11}")
@@ -153,16 +137,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("KVSTORE_S3_TEST_ASSETS", ROOT.parent / "shared")
     parser.add_argument("--assets", type=Path, default=default, help="folder with models/ and text/")
-    parser.add_argument("--json", type=Path, help="where to keep the results")
     arguments = parser.parse_args()
-    machine = describe_machine()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
     results = {}
     for name, kv in sources(arguments.assets):
         results[name] = measure(kv)
         report(name, results[name])
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    record("codec_lossless", {"results": results}, "zstandard")
 
 
 if __name__ == "__main__":

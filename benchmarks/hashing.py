@@ -1,6 +1,6 @@
 """Time to hash a long prompt into chunk keys, next to the same chain with SHA-256.
 
-    python benchmarks/hashing.py [--tokens 131072] [--chunk-tokens 256] [--repeat 30] [--json FILE]
+    python benchmarks/hashing.py [--tokens 131072] [--chunk-tokens 256] [--repeat 30]
 
 The peer makes the same chain (parent | tokens as little-endian u32) over an array with hashlib's SHA-256, the digest
 that vLLM's prefix cache uses by default, but without vLLM's serialisation, which flatters the peer. Best of `--repeat`
@@ -12,15 +12,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
+from record import record
 
 from kvstore_s3.hashing import TokenArray, chunk_keys, root_key
 
@@ -44,7 +41,6 @@ def main() -> None:
     }
     peer = best_ms(lambda: sha256_keys(root, inputs["array_u32"], size), arguments.repeat)
     result = {
-        "benchmark": "hashing",
         "tokens": arguments.tokens,
         "chunk_tokens": size,
         "unit": "ms, best of repeat",
@@ -54,11 +50,9 @@ def main() -> None:
         "times_faster_than_peer": round(peer / times["array_u32"], 2),
         "targets": TARGETS_MS,
         "within_targets": all(times[name] <= target for name, target in TARGETS_MS.items()),
-        "machine": describe_machine(),
     }
     print(json.dumps(result, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="ascii")
+    record("hashing", result, "blake3", "numpy")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="write the result here too")
     return parser.parse_args()
 
 
@@ -85,17 +78,6 @@ def sha256_keys(root: bytes, tokens: TokenArray, size: int) -> list[bytes]:
         parent = hashlib.sha256(parent + content[start : start + width]).digest()
         keys.append(parent)
     return keys
-
-
-def describe_machine() -> dict[str, object]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "blake3": version("blake3"),
-        "numpy": np.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -40,20 +40,20 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        url, settings = open_server(stack, folder) if arguments.store == "minio" else (folder.as_uri(), Settings())
+        url, settings = open_server(stack) if arguments.store == "minio" else (folder.as_uri(), Settings())
         result = measure(url, settings, folder, arguments.rounds)
     for name, value in result.items():
         print(f"{name:32} {value}")
     record(f"load-{arguments.store}", {"store": arguments.store, **result}, "torch", "safetensors", "aiobotocore")
 
 
-def open_server(stack: ExitStack, folder: Path) -> tuple[str, Settings]:
+def open_server(stack: ExitStack) -> tuple[str, Settings]:
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    from minio_server import running_minio
+    from minio_server import BUCKET, running_minio
 
-    server = stack.enter_context(running_minio(data_dir=folder / "minio"))
-    os.environ.update(server.environment)
-    return f"s3://{server.bucket}/bench", Settings(endpoint_url=server.endpoint)
+    server = stack.enter_context(running_minio())
+    os.environ.update(server.environment())
+    return f"s3://{BUCKET}/bench", Settings(endpoint_url=server.endpoint)
 
 
 def measure(url: str, settings: Settings, folder: Path, rounds: int) -> dict[str, Any]:
