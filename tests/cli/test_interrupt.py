@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,50 +17,58 @@ from cli.tokenizer_zoo import corpus
 from kvstore_s3.cli import exits
 from kvstore_s3.cli.app import run
 
-DOCUMENTS = 12
+@dataclass(frozen=True)
+class Stopped:
+    """A run of `warm` that was stopped in its middle: where it ran, over how many documents, what it left."""
+
+    folder: Path
+    documents: int
+    code: int
+    err: str
 
 
-@pytest.fixture(scope="module")
-def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, tuple[Path, int, str]]]:
-    """Two runs side by side, stopped by SIGKILL and by SIGINT after their first step: folder, exit code, stderr."""
-    running = {}
-    for number in (signal.SIGKILL, signal.SIGINT):
-        folder = tmp_path_factory.mktemp(number.name)
-        lines = [json.dumps({"text": f"Document {index}. " + corpus()[: 1500 + index]}) for index in range(DOCUMENTS)]
-        (folder / "docs.jsonl").write_text("\n".join(lines))
-        command = [sys.executable, "-m", "kvstore_s3.cli", "warm", "docs.jsonl", "--model", str(tiny_model)]
-        flags = ["--store", store_url(folder), "--chunk-tokens", str(CHUNK)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-        process = subprocess.Popen([*command, *flags], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-        running[number] = (folder, process)
-    results = {}
-    for number, (folder, process) in running.items():
-        with process:
-            assert process.stderr is not None
-            before = []
-            for line in process.stderr:
-                before.append(line)
-                if line.startswith("warm: "):  # the first step is computed and saved
-                    process.send_signal(number)
-                    break
-            rest = process.stderr.read()
-            results[number] = (folder, process.wait(60), "".join(before) + rest)
-    return results
+@pytest.fixture(params=[signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
+def stopped(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """A run stopped after its first step. One that was done before the signal reached it is made again, longer."""
+    documents = 12
+    while True:
+        run_ = stop(request.param, tmp_path_factory.mktemp(request.param.name), documents, tiny_model)
+        if f"{documents}/{documents} docs.jsonl" not in run_.err:
+            return run_
+        assert documents < 5000, "a run of thousands of documents ended before a signal could reach it"
+        documents *= 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def stop(number: signal.Signals, folder: Path, documents: int, model: Path) -> Stopped:
+    lines = [json.dumps({"text": f"Document {index}. " + corpus()[: 1500 + index % 12]}) for index in range(documents)]
+    (folder / "docs.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-m", "kvstore_s3.cli", "warm", "docs.jsonl", "--model", str(model)]
+    flags = ["--store", store_url(folder), "--chunk-tokens", str(CHUNK)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    with subprocess.Popen(
+        [*command, *flags], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        before = []
+        for line in process.stderr:
+            before.append(line)
+            if line.startswith("warm: "):  # the first step is computed and saved
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        return Stopped(folder, documents, process.wait(60), "".join(before) + rest)
+
+
 def test_a_stopped_run_leaves_a_sound_store_and_a_second_run_finishes(
-    number: int, stopped: dict[int, tuple[Path, int, str]], cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Stopped, cli: Cli, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, code, err = stopped[number]
+    folder, err = stopped.folder, stopped.err
     monkeypatch.chdir(folder)
-    if number == signal.SIGINT:
-        assert code == 130, err
+    if stopped.code != -signal.SIGKILL:
+        assert stopped.code == 130, err
         assert err.splitlines()[-1].endswith("a second run goes on from there")
         assert "Traceback" not in err
         assert not [path for path in (folder / "store").rglob("*") if path.is_file() and ".tmp" in path.parts]
-    else:
-        assert code == -signal.SIGKILL, err
     kept = len(stored_objects(folder))
     assert kept > 0
     assert cli("check", "--store", store_url(folder), "--decode").code == 0
@@ -68,7 +76,7 @@ def test_a_stopped_run_leaves_a_sound_store_and_a_second_run_finishes(
     report = cli("warm", "docs.jsonl", *common, "--json").json
     assert report["chunks_present"] == kept < report["chunks"]
     assert report["chunks_new"] == report["chunks"] - kept
-    assert len(report["documents"]) == DOCUMENTS
+    assert len(report["documents"]) == stopped.documents
     assert cli("check", "--store", store_url(folder)).code == 0
 
 
