@@ -1,0 +1,176 @@
+"""The affine map between the numbers of a stream and its components: calibrated, or fitted to one chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvstore_s3.codec.calibration import Calibration, Unit
+from kvstore_s3.codec.rotation import Floats, Rotation
+from kvstore_s3.codec.scalable_stream import MAX_COARSE
+from kvstore_s3.codec.tables import TableSet, classes_of, uncalibrated_tables
+
+BASE_STEP = 9
+"""The step of level 0 in units of the finest."""
+
+UNCALIBRATED_STEP = {"K": 0.10, "V": 0.14}
+"""Finest step over the deviation of a layer's K or V within one head and chunk, in uncalibrated mode."""
+
+_ADAPT_BITS = 64
+"""Classes are given in a stream where that saves more than a byte for each, and these bits."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StreamMap:
+    """`x = mean + S y` and back. One of `unit` (calibrated) and `scale` (a factor for each number) is there.
+
+    `numbers` is n, `components` n'. `mean` and `scale` are float32 [n]; `steps` and `means` are what the bitstream
+    carries in uncalibrated mode.
+    """
+
+    head: int
+    whole: bool
+    numbers: int
+    components: int
+    rotation: Rotation
+    tables: TableSet
+    classes: npt.NDArray[np.uint8]
+    mean: Floats | None = None
+    unit: Unit | None = None
+    scale: Floats | None = None
+    steps: npt.NDArray[np.float32] | None = None
+    means: npt.NDArray[np.int8] | None = None
+    step_count: int = 0
+
+    @property
+    def calibrated(self) -> bool:
+        return self.unit is not None
+
+    @property
+    def largest(self) -> float:
+        """Components of this magnitude and above do not fit the quantiser."""
+        return float(BASE_STEP * MAX_COARSE - BASE_STEP)
+
+    def analyse(self, x: Floats) -> Floats:
+        """y [T, n'] of x [T, n], from which the mean is taken off already where there is a calibration."""
+        if self.unit is None:
+            assert self.scale is not None
+            assert self.means is not None
+            return np.ascontiguousarray(x / self.scale - BASE_STEP * self.means.astype(np.float32))
+        matrix = self.unit.encode_matrix
+        if matrix.ndim == 1:
+            return np.ascontiguousarray(x * matrix.numpy())
+        values = torch.from_numpy(x)
+        if matrix.ndim == 3:
+            blocks = values.view(len(x), matrix.shape[0], matrix.shape[2]).transpose(0, 1)
+            product = torch.bmm(blocks, matrix.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
+        else:
+            product = values @ matrix.T
+        result: Floats = product.contiguous().numpy()
+        return result
+
+    def synthesise(self, y: Floats, levels: int | None) -> tuple[Floats, Floats | None]:
+        """S y as float32 [T, n], or y itself and the factors that turn it into S y.
+
+        `levels` says how many were read, so that components coded at none of them are left out; None: all count.
+        """
+        if self.unit is None:
+            return y, self.scale
+        matrix = self.unit.decode_matrix
+        if matrix.ndim == 1:
+            return y, matrix.numpy()
+        components = torch.from_numpy(y)
+        if matrix.ndim == 3:
+            blocks = components.view(len(y), *matrix.shape[:2]).transpose(0, 1)
+            product = torch.bmm(blocks, matrix).transpose(0, 1).reshape(len(y), -1)
+        else:
+            count = self.components if levels is None else self._coded_until(levels)
+            product = components[:, :count] @ matrix[:count]
+        result: Floats = product.contiguous().numpy()
+        return result, None
+
+    def _coded_until(self, levels: int) -> int:
+        """One more than the last component coded at the last of `levels`; calibrations put the largest first."""
+        coded = np.flatnonzero(self.classes >= self.tables.first[levels - 1])
+        return int(coded[-1]) + 1 if len(coded) else 1
+
+    def choose_classes(self, y: Floats, exact: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8] | None:
+        """The classes that the stream must give, or None where those of the calibration do."""
+        found = classes_of(y[~exact])
+        if self.unit is None:
+            return found
+        return found if _worth_giving(self.classes, found, self.tables, len(y)) else None
+
+    def with_steps(self, steps: npt.NDArray[np.float32], means: npt.NDArray[np.int8]) -> StreamMap:
+        """This uncalibrated map with the steps [layer x kind] and means [n] of one stream."""
+        scale = np.repeat(steps, self.numbers // len(steps))
+        mean = scale * (BASE_STEP * means.astype(np.float32))
+        return replace(self, steps=steps, means=means, scale=scale, mean=mean)
+
+
+@lru_cache(maxsize=4096)
+def calibrated_map(calibration: Calibration, group: int, head: int) -> StreamMap:
+    """The map of one unit of a calibration."""
+    unit = calibration.units[group, head]
+    begin, end = calibration.group_layers(group)
+    whole = calibration.span == "all"
+    rotation = calibration.rotation
+    mean = calibration.unit_mean(group, head)
+    return StreamMap(
+        head=head,
+        whole=whole,
+        numbers=len(mean),
+        components=len(unit.classes),
+        rotation=Rotation(rotation.style, rotation.inverse_frequencies, rotation.select(begin, end)),
+        tables=calibration.tables,
+        classes=unit.classes,
+        mean=mean,
+        unit=unit,
+    )
+
+
+def uncalibrated_map(rotation: Rotation, layers: int, dim: int, head: int, tokens: int) -> StreamMap:
+    """A map without steps yet: `fit_uncalibrated` finds them in values, `with_steps` takes them from a stream."""
+    numbers = layers * 2 * dim
+    return StreamMap(
+        head=head,
+        whole=False,
+        numbers=numbers,
+        components=numbers,
+        rotation=rotation,
+        tables=uncalibrated_tables(),
+        classes=np.zeros(numbers, np.uint8),
+        step_count=layers * 2,
+    )
+
+
+def fit_uncalibrated(one: StreamMap, x: Floats, exact: npt.NDArray[np.bool_]) -> StreamMap:
+    """Steps from the deviation of each layer's K and V, means in base steps, over the tokens that are not exact."""
+    kept = x[~exact].astype(np.float64) if not exact.all() else np.zeros((1, one.numbers))
+    center = kept.mean(axis=0)
+    deviation = np.sqrt(((kept - center) ** 2).reshape(len(kept), one.step_count, -1).mean(axis=(0, 2)))
+    ratio = np.tile([UNCALIBRATED_STEP["K"], UNCALIBRATED_STEP["V"]], one.step_count // 2)
+    steps = np.clip(np.where(deviation > 0, deviation * ratio, 1.0), 1e-30, 1e30).astype(np.float32)
+    scale = np.repeat(steps.astype(np.float64), one.numbers // one.step_count)
+    means = np.clip(np.rint(center / (BASE_STEP * scale)), -127, 127).astype(np.int8)
+    return replace(one.with_steps(steps, means), mean=None)
+
+
+def _worth_giving(static: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8], tables: TableSet, tokens: int) -> bool:
+    """Whether naming the found classes, a byte each, saves bits, or saves components that the static ones leave out.
+
+    A sample that is r times as large as its Laplace table expects costs (r - 1 - ln r) / ln 2 bits more; of a component
+    that is mostly zero, in proportion to how often it is not.
+    """
+    last = tables.first[-1]
+    lost = (static < last) & (found >= last + 4)
+    if lost.any():
+        return True
+    ratio = 2.0 ** ((found.astype(np.float64) - static) / 4)
+    busy = np.minimum(1.0, 2.0 ** ((found.astype(np.float64) - 13) / 4))
+    extra = np.where(static >= last, (ratio - 1 - np.log(ratio)) / np.log(2) * busy, 0.0)
+    return bool(extra.sum() * tokens > 8 * len(static) + _ADAPT_BITS)
