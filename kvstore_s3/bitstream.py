@@ -80,6 +80,7 @@ PREFIX_LENGTH = 24
 _PREFIX = struct.Struct("<8sHBBBBHII")
 _FIXED = struct.Struct("<8sHBBBBHIIIHHHHHHQ32s32s32s")
 _HEADER_NUMBER = 0xFFFFFFFF
+_NO_CALIBRATION = bytes(32)
 assert (_PREFIX.size, _FIXED.size) == (PREFIX_LENGTH, FIXED_BYTES)
 
 
@@ -110,11 +111,15 @@ class _Fixed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A header that was verified against an `Identity`."""
+    """A header that was verified against an `Identity`.
+
+    `calibration` is the digest of the calibration that its codecs need, None for none.
+    """
 
     identity: Identity
     table: SectionTable
     digests: tuple[bytes, ...]
+    calibration: bytes | None = None
 
     def verify(self, number: int, stored: Bytes) -> memoryview:
         """Check the stored bytes of section `number` and return its payload (without padding)."""
@@ -142,12 +147,18 @@ class Payload:
 
 
 def build_object(
-    identity: Identity, payloads: Sequence[Payload], *, profile: str = "lossless", digest_id: int = 1
+    identity: Identity,
+    payloads: Sequence[Payload],
+    *,
+    profile: str = "lossless",
+    digest_id: int = 1,
+    calibration: bytes | None = None,
 ) -> tuple[bytearray, SectionTable]:
     """Assemble one object. `payloads` come level by level, layers ascending, K before V where they are apart.
 
-    Raises `InvalidArgumentError` where they do not divide the shard, or are larger than their values uncompressed.
+    `calibration` is the digest of the calibration that the payloads need: for profile "scalable" alone. Raises `InvalidArgumentError` where they do not divide the shard, or are larger than their values uncompressed.
     """
+    _check_calibration(calibration, profile)
     views = [memoryview(payload.data).cast("B") for payload in payloads]
     table = _plan_object(identity, payloads, [len(view) for view in views], profile, digest_id)
     size = DIGEST_SIZES[digest_id]
@@ -155,7 +166,7 @@ def build_object(
     binding = identity.binding()
     position = FIXED_BYTES
     with memoryview(out) as target:
-        target[:FIXED_BYTES] = _FIXED.pack(*_fixed_header(identity, table, digest_id))
+        target[:FIXED_BYTES] = _FIXED.pack(*_fixed_header(identity, table, digest_id, calibration or _NO_CALIBRATION))
         for number, (section, view) in enumerate(zip(table.sections, views, strict=True)):
             target[section.offset : section.offset + section.length] = view
             with target[section.offset : section.end] as stored:
@@ -188,11 +199,19 @@ def read_header_length(data: Bytes) -> int:
     return int(length)
 
 
-def parse_header(data: Bytes, expected: Identity, *, profiles: Collection[str] = LOSSLESS) -> Header:
+def parse_header(
+    data: Bytes,
+    expected: Identity,
+    *,
+    profiles: Collection[str] = LOSSLESS,
+    calibrations: Collection[bytes] | None = (),
+) -> Header:
     """Parse and verify the header at the start of `data` (which may go on with sections).
 
-    `profiles` are those that the caller can use: nothing lossy unless it was asked for. What the header says of itself
-    is believed only once its digest held; then an unknown feature is one of a newer writer, not damage.
+    `profiles` are those that the caller can use: nothing lossy unless it was asked for. `calibrations` are the digests
+    of those that the caller has at hand; None: it will look at `Header.calibration` itself, and refuse an object whose
+    calibration it lacks. What the header says of itself is believed only once its digest held; then an unknown feature
+    is one of a newer writer, not damage.
     """
     length = read_header_length(data)
     if len(data) < length:
@@ -204,7 +223,7 @@ def parse_header(data: Bytes, expected: Identity, *, profiles: Collection[str] =
     end = length - size - AUTHENTICATOR_SIZES[fixed.authenticator_id]
     if _digest(expected.binding(), _HEADER_NUMBER, b"", header[:end], size) != header[end : end + size]:
         refuse(BitstreamFault.HEADER_CHECKSUM, "the header is not what was saved under this name")
-    _check_features(fixed, profiles)
+    _check_features(fixed, profiles, calibrations)
     _check_layout(fixed, expected)
     return _parse_index(header[:end], fixed, size, expected)
 
@@ -220,7 +239,8 @@ def _parse_index(header: bytes, fixed: _Fixed, digest_size: int, expected: Ident
     if table.object_length != fixed.object_length:
         found = f"sections end at {table.object_length}, the header says {fixed.object_length}"
         refuse(BitstreamFault.BAD_INDEX, found)
-    return Header(expected, table, tuple(header[start + ENTRY.size : start + stride] for start in starts))
+    digests = tuple(header[start + ENTRY.size : start + stride] for start in starts)
+    return Header(expected, table, digests, fixed.calibration if any(fixed.calibration) else None)
 
 
 def _digest(binding: bytes, number: int, entry: bytes, data: Bytes, size: int) -> bytes:
@@ -246,7 +266,17 @@ def _plan_object(
         raise InvalidArgumentError(f"these payloads make no object: {error}") from error
 
 
-def _fixed_header(identity: Identity, table: SectionTable, digest_id: int) -> _Fixed:
+def _check_calibration(calibration: bytes | None, profile: str) -> None:
+    if calibration is None:
+        return
+    if profile != "scalable" or len(calibration) != 32 or not any(calibration):
+        raise InvalidArgumentError(
+            f"a calibration of {len(calibration)} bytes in profile {profile!r}; scalable objects alone name one, by a "
+            "digest of 32 bytes that are not all zero"
+        )
+
+
+def _fixed_header(identity: Identity, table: SectionTable, digest_id: int, calibration: bytes) -> _Fixed:
     shard, layout = identity.shard, identity.layout
     return _Fixed(
         magic=MAGIC,
@@ -268,7 +298,7 @@ def _fixed_header(identity: Identity, table: SectionTable, digest_id: int) -> _F
         object_length=table.object_length,
         namespace=identity.namespace,
         key=identity.key,
-        calibration=bytes(32),
+        calibration=calibration,
     )
 
 
@@ -284,13 +314,17 @@ def _check_name(fixed: _Fixed, expected: Identity) -> None:
         refuse(BitstreamFault.WRONG_SHARD, f"object of shard {ranges}, expected {shard.name}")
 
 
-def _check_features(fixed: _Fixed, profiles: Collection[str]) -> None:
+def _check_features(fixed: _Fixed, profiles: Collection[str], calibrations: Collection[bytes] | None) -> None:
     check_profile(fixed.profile, profiles)
     if fixed.dtype not in {known.id for known in DTYPES.values()}:
         refuse(BitstreamFault.UNSUPPORTED_FEATURE, f"dtype id {fixed.dtype} is unknown")
     if fixed.reserved:
         refuse(BitstreamFault.UNSUPPORTED_FEATURE, "a reserved bit of the header is set")
-    if any(fixed.calibration):
+    if not any(fixed.calibration):
+        return
+    if fixed.profile != PROFILES["scalable"]:
+        refuse(BitstreamFault.UNSUPPORTED_FEATURE, f"profile id {fixed.profile} goes with no calibration")
+    if calibrations is not None and fixed.calibration not in calibrations:
         refuse(BitstreamFault.UNSUPPORTED_FEATURE, "the object was coded with a calibration that this reader lacks")
 
 

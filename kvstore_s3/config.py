@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import (
@@ -39,8 +39,11 @@ class Settings(BaseSettings):
     chunk_tokens: Annotated[int, Field(ge=16, le=65536, multiple_of=16)] = 256
     """Tokens in a chunk. Part of the namespace: another value is another cache."""
 
+    profile: Literal["lossless", "near-lossless", "balanced", "small", "cachegen"] = "lossless"
+    """Quality of what is written and read (see `quality.QUALITIES`). Nothing lossy unless it is asked for."""
+
     layer_group: Annotated[int, Field(ge=1, le=1024)] = 4
-    """Layers coded into one section: what is decoded while the next is on the wire."""
+    """Layers coded into one section: what is decoded while the next is on the wire. A calibration brings its own."""
 
     endpoint_url: str | None = None
     """S3 endpoint, such as http://127.0.0.1:9000 for MinIO. None: AWS's own (or AWS_ENDPOINT_URL)."""

@@ -21,10 +21,10 @@ from kvstore_s3.layout import KVLayout, Shard
 
 VERSION = 1
 ALIGNMENT = 16
-PROFILES = {"lossless": 1, "scalable": 2}
+PROFILES = {"lossless": 1, "scalable": 2, "cachegen": 3}
 LOSSLESS = frozenset({"lossless"})
-MAX_LEVELS = {1: 1, 2: 3}
-"""Profile id -> most levels: a lossless object has one, a scalable one its base and up to two enhancements."""
+MAX_LEVELS = {1: 1, 2: 3, 3: 1}
+"""Profile id -> most levels: a scalable object has its base and up to two enhancements, the others have one level."""
 DIGEST_SIZES = {1: 16, 2: 32}
 """Digest id -> bytes of a digest: BLAKE3 cut to 128 bits, BLAKE3 whole."""
 AUTHENTICATOR_SIZES = {0: 0, 1: 32, 2: 64}

@@ -62,7 +62,7 @@ def written_objects(draw: st.DrawFn) -> tuple[Identity, list[Payload], str, int]
     profile = draw(st.sampled_from(sorted(PROFILES)))
     payloads = []
     division = draw(divisions(shard))
-    for level in range(1 if profile == "lossless" else draw(st.integers(1, 3))):
+    for level in range(draw(st.integers(1, 3)) if profile == "scalable" else 1):
         for parts, begin, end in division:
             most = identity.raw_bytes(end - begin, parts)
             data = draw(st.binary(min_size=1, max_size=min(most, 40)))
