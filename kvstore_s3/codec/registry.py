@@ -17,7 +17,10 @@ _PLANES = PlanesCodec()
 _PREFERRED: Mapping[str, Codec] = MappingProxyType(
     {name: LosslessCodec() if name == "bfloat16" else _PLANES for name in DTYPES}
 )
-_NAMES: Mapping[int, str] = MappingProxyType({0: "raw", 1: "lossless", 2: "planes"})
+_CACHEGEN_ID = 5
+_NAMES: Mapping[int, str] = MappingProxyType(
+    {0: "raw", 1: "lossless", 2: "planes", 3: "scalable", 4: "nothing", _CACHEGEN_ID: "cachegen"}
+)
 
 
 def encode_section(values: Bits, dtype: str) -> tuple[int, bytes]:
@@ -33,16 +36,40 @@ def encode_section(values: Bits, dtype: str) -> tuple[int, bytes]:
     return _RAW.id, _RAW.encode(values)
 
 
+def encode_cachegen_section(values: Bits, dtype: str, *, layer_begin: int, model_layers: int) -> tuple[int, bytes]:
+    """Code a section as CacheGen does, or exactly (`encode_section`) where that is no longer or has to be.
+
+    `layer_begin` is the number of the section's first layer in the model, `model_layers` how many the model has: they
+    decide how finely a layer is quantised. Exact are values that are not finite, fp8, and chunks so short that the
+    tables outweigh what they save. Raises `InvalidArgumentError` where the extra `cachegen` is not installed.
+    """
+    from kvstore_s3.codec.cachegen import DTYPES as CODED
+    from kvstore_s3.codec.cachegen import CacheGenCodec, published_bins
+
+    exact = encode_section(values, dtype)
+    if dtype not in CODED:
+        return exact
+    bins = published_bins(layer_begin, values.shape[0], model_layers)
+    payload = CacheGenCodec(dtype, bins).encode_finite(values)
+    return exact if payload is None or len(payload) >= len(exact[1]) else (_CACHEGEN_ID, payload)
+
+
 def codec_for(codec_id: int, dtype: str) -> Codec:
-    """The codec that `codec_id` names, for values of `dtype`.
+    """The codec that `codec_id` names, for values of `dtype`, among those that decode a section on their own.
 
     Raises `DamagedObjectError` (UNSUPPORTED_FEATURE) where no such codec is known, or not for this dtype.
     """
     for codec in (_RAW, _PLANES, _PREFERRED[dtype]):
         if codec.id == codec_id:
             return codec
+    if codec_id == _CACHEGEN_ID:
+        from kvstore_s3.codec.cachegen import DTYPES as CODED
+        from kvstore_s3.codec.cachegen import CacheGenCodec
+
+        if dtype in CODED:
+            return CacheGenCodec(dtype)
     name = _NAMES.get(codec_id, "unknown")
     raise DamagedObjectError(
         BitstreamFault.UNSUPPORTED_FEATURE,
-        f"codec {codec_id} ({name}) does not code {dtype}; this section needs a newer version, or is damaged",
+        f"codec {codec_id} ({name}) does not code {dtype} here; this section needs a newer version, or is damaged",
     )
