@@ -68,36 +68,32 @@ class Tables:
         return [[sum(row[:symbol]) for symbol in range(256)] if any(row) else [] for row in self.base]
 
 
-def read_block(text: str, name: str) -> list[list[str]]:
+def read_block(text: str, name: str) -> list[list[int]]:
+    """The numbers of each line of a block; `3x17` is 17 three times."""
     block = re.search(rf"```{name}\n(.*?)```", text, re.DOTALL)
     assert block is not None
-    return [line.split() for line in block[1].splitlines()]
-
-
-def expand(words: list[str]) -> list[int]:
-    """`3x17` is 3 numbers 17."""
-    pairs = [word.split("x") if "x" in word else ["1", word] for word in words]
-    return [int(value) for count, value in pairs for _ in range(int(count))]
+    lines = []
+    for line in block[1].splitlines():
+        pairs = [word.split("x") if "x" in word else ["1", word] for word in line.split()]
+        lines.append([int(value) for count, value in pairs for _ in range(int(count))])
+    return lines
 
 
 @cache
 def uncalibrated_tables() -> Tables:
     """Those of the document."""
     text = DOCUMENT.read_text(encoding="utf-8")
-    first = expand(read_block(text, "first")[0])
+    (first,) = read_block(text, "first")
     base = [[0] * 256 for _ in range(CLASSES)]
-    for number, *words in read_block(text, "base"):
-        halves = expand(words)
-        assert len(halves) == 129
-        base[int(number)] = halves[127:0:-1] + halves[:128] + halves[128:]
+    for number, escape, *half in read_block(text, "base"):
+        half += [0] * (128 - len(half))
+        base[number] = half[:0:-1] + half + [escape]
     refine = [[[(0, 0)] * 4 for _ in range(CLASSES)] for _ in range(2)]
-    for level, number, *words in read_block(text, "refine"):
-        cuts = expand(words)
-        refine[int(level) - 1][int(number)] = list(zip(cuts[::2], cuts[1::2], strict=True))
+    for level, number, *cuts in read_block(text, "refine"):
+        refine[level - 1][number] = list(zip(cuts[::2], cuts[1::2], strict=True))
     shift = [[0.0] * CLASSES for _ in range(3)]
-    for number, *words in read_block(text, "shift"):
-        for level, word in enumerate(words):
-            shift[level][int(number)] = float(np.float32(word))
+    for level, *shifts in read_block(text, "shift"):
+        shift[level][first[level] :] = [number / 4096 for number in shifts]
     return Tables(first, base, refine, shift).check()
 
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
 import reference_lossless
+import reference_scalable
 import zstandard
 from blake3 import blake3
+from reference_calibration import Calibration, RefusedError
 
 TRUNCATED, BAD_MAGIC, UNSUPPORTED_VERSION, UNSUPPORTED_FEATURE, BAD_HEADER, BAD_INDEX = 1, 2, 3, 4, 5, 6
 HEADER_CHECKSUM, SECTION_CHECKSUM, WRONG_NAMESPACE, WRONG_KEY, WRONG_SHARD, WRONG_LAYOUT = 7, 8, 9, 10, 11, 12
 BAD_PAYLOAD, TRAILING_BYTES = 13, 14
 
-LOSSLESS, SCALABLE = 1, 2
+LOSSLESS, SCALABLE, CACHEGEN = 1, 2, 3
+NO_CALIBRATION = bytes(32)
 
 
 class Fault(Exception):  # noqa: N818
@@ -43,7 +46,10 @@ ITEM_BYTES = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1}
 
 @dataclass(frozen=True)
 class Expected:
-    """The identity of an object: what its reader knows before it reads."""
+    """The identity of an object: what its reader knows before it reads.
+
+    `first_position`, that of the chunk's first token, is None where the reader does not know it.
+    """
 
     namespace: bytes
     key: bytes
@@ -54,6 +60,7 @@ class Expected:
     tokens: int
     head_dim: int
     dtype: int
+    first_position: int | None = None
 
     @property
     def heads(self) -> int:
@@ -148,8 +155,18 @@ class Section:
         return self.offset + align(self.length)
 
 
-def read_header(data: bytes, expected: Expected, profiles: frozenset[int] = frozenset({LOSSLESS})) -> list[Section]:
-    """Steps 1 to 18: the verified section index."""
+def read_calibration_digest(data: bytes) -> bytes:
+    """The field of the fixed header."""
+    return data[112:144]
+
+
+def read_header(
+    data: bytes,
+    expected: Expected,
+    profiles: frozenset[int] = frozenset({LOSSLESS}),
+    calibrations: Mapping[bytes, Calibration] = {},
+) -> list[Section]:
+    """Steps 1 to 18: the verified section index. `calibrations` are those at hand, by digest."""
     length = read_prefix(data)
     fixed = FIXED.unpack(data[:144])
     profile, dtype, digest_id, authenticator_id, count = fixed[2:7]
@@ -165,8 +182,10 @@ def read_header(data: bytes, expected: Expected, profiles: frozenset[int] = froz
     end = length - AUTHENTICATOR_BYTES[authenticator_id] - size
     if header_digest(expected, data[:end], size) != data[end : end + size]:
         refuse(HEADER_CHECKSUM, "header digest")
-    if profile not in profiles or dtype not in ITEM_BYTES or reserved != 0 or calibration != bytes(32):
-        refuse(UNSUPPORTED_FEATURE, "profile, dtype, reserved field or calibration")
+    if profile not in profiles or dtype not in ITEM_BYTES or reserved != 0:
+        refuse(UNSUPPORTED_FEATURE, "profile, dtype or reserved field")
+    if calibration != NO_CALIBRATION and (profile != SCALABLE or calibration not in calibrations):
+        refuse(UNSUPPORTED_FEATURE, "calibration")
     if (tokens, head_dim, dtype) != (expected.tokens, expected.head_dim, expected.dtype):
         refuse(WRONG_LAYOUT, "tokens, head dim or dtype")
     index_end = 144 + count * (12 + size)
@@ -196,7 +215,7 @@ def read_index(index: bytes, count: int, size: int, offset: int) -> list[Section
 
 
 def check_index(sections: list[Section], profile: int, expected: Expected) -> None:
-    most = 1 if profile == LOSSLESS else 3
+    most = 3 if profile == SCALABLE else 1
     numbers = [section.level for section in sections]
     if numbers != sorted(numbers) or sorted(set(numbers)) != list(range(max(numbers) + 1)) or max(numbers) >= most:
         refuse(BAD_INDEX, "levels")
@@ -233,20 +252,44 @@ def divides(division: list[tuple[int, int, int]], expected: Expected) -> bool:
 # Sections
 
 
-def decode(data: bytes, expected: Expected) -> list[int]:
-    """Steps 1 to 24: the bit patterns of the shard, in the order [layer][K or V][token][head][dim]."""
-    sections = read_header(data, expected)
+def decode(
+    data: bytes,
+    expected: Expected,
+    profiles: frozenset[int] = frozenset({LOSSLESS}),
+    calibrations: Mapping[bytes, Calibration] = {},
+    levels: int = 3,
+) -> list[int]:
+    """Steps 1 to 24: the bit patterns of the shard, in the order [layer][K or V][token][head][dim].
+
+    `levels`: how many of them to read.
+    """
+    sections = read_header(data, expected, profiles, calibrations)
     if len(data) != sections[-1].end:
         refuse(TRUNCATED if len(data) < sections[-1].end else TRAILING_BYTES, "object length")
     planes: dict[tuple[int, int], list[int]] = {}
-    for number, section in enumerate(sections):
-        values = decode_section(section, read_payload(data, number, section, expected), expected)
-        kinds = {1: [0], 2: [1], 3: [0, 1]}[section.parts]
+    for group in group_levels(sections):
+        payloads = []
+        for number, section in group[:levels]:
+            payloads.append(read_payload(data, number, section, expected))
+            check_codec(section, group[0][1].codec, data[10], expected)
+        base, digest = group[0][1], read_calibration_digest(data)
+        if base.codec == 3:
+            values = decode_scalable(payloads, base, len(group), calibrations.get(digest), expected)
+        else:
+            values = decode_exact(payloads, base, expected)
+        kinds = {1: [0], 2: [1], 3: [0, 1]}[base.parts]
         size = expected.values(1, 1)
-        for layer in range(section.layer_begin, section.layer_end):
+        for layer in range(base.layer_begin, base.layer_end):
             for kind in kinds:
                 planes[layer, kind], values = values[:size], values[size:]
     return [value for _, plane in sorted(planes.items()) for value in plane]
+
+
+def group_levels(sections: list[Section]) -> list[list[tuple[int, Section]]]:
+    """Sections of the same layers and parts, level by level, each with its number."""
+    count = sum(section.level == 0 for section in sections)
+    numbered = list(enumerate(sections))
+    return [numbered[place::count] for place in range(count)]
 
 
 def read_payload(data: bytes, number: int, section: Section, expected: Expected) -> bytes:
@@ -258,16 +301,29 @@ def read_payload(data: bytes, number: int, section: Section, expected: Expected)
     return stored[: section.length]
 
 
-def decode_section(section: Section, payload: bytes, expected: Expected) -> list[int]:
-    kinds = 2 if section.parts == 3 else 1
-    layers = section.layer_end - section.layer_begin
-    if section.codec == 0:
-        return decode_raw(payload, expected.values(layers, kinds), ITEM_BYTES[expected.dtype])
-    if section.codec == 1 and expected.dtype == 1:
-        return decode_lossless(payload, layers, kinds, expected)
-    if section.codec == 2:
-        return decode_planes(payload, layers * kinds, expected)
-    refuse(UNSUPPORTED_FEATURE, f"codec {section.codec}")
+def check_codec(section: Section, base_codec: int, profile: int, expected: Expected) -> None:
+    """Step 23. `base_codec`: that of level 0 of the same layers."""
+    if section.level > 0:
+        known = section.codec == (3 if base_codec == 3 else 4)
+    elif section.codec == 3:
+        known = profile == SCALABLE and expected.dtype <= 3 and section.parts == 3
+    else:
+        known = section.codec in (0, 2) or (section.codec == 1 and expected.dtype == 1)
+    if not known:
+        refuse(UNSUPPORTED_FEATURE, f"codec {section.codec}")
+
+
+def decode_exact(payloads: list[bytes], base: Section, expected: Expected) -> list[int]:
+    kinds = 2 if base.parts == 3 else 1
+    layers = base.layer_end - base.layer_begin
+    for nothing in payloads[1:]:
+        if nothing != b"\0":
+            refuse(BAD_PAYLOAD, "codec 4 is one zero byte")
+    if base.codec == 0:
+        return decode_raw(payloads[0], expected.values(layers, kinds), ITEM_BYTES[expected.dtype])
+    if base.codec == 1:
+        return decode_lossless(payloads[0], layers, kinds, expected)
+    return decode_planes(payloads[0], layers * kinds, expected)
 
 
 # Codec 0
@@ -340,6 +396,31 @@ def decode_lossless(payload: bytes, layers: int, kinds: int, expected: Expected)
     except reference_lossless.RefusedError as refused:
         refuse(BAD_PAYLOAD, str(refused))
     return [value for _, value in sorted(values.items())]
+
+
+# Codec 3: docs/format-scalable.md
+
+
+def decode_scalable(
+    payloads: list[bytes], base: Section, levels: int, calibration: Calibration | None, expected: Expected
+) -> list[int]:
+    section = reference_scalable.Section(
+        layers=base.layer_end - base.layer_begin,
+        tokens=expected.tokens,
+        heads=expected.heads,
+        dim=expected.head_dim,
+        dtype=expected.dtype,
+        levels=levels,
+        layer_begin=base.layer_begin,
+        head_begin=expected.head_begin,
+        first_position=expected.first_position,
+    )
+    try:
+        return [int(value) for value in reference_scalable.decode(payloads, section, calibration).reshape(-1)]
+    except reference_scalable.ShortError as refused:
+        refuse(TRUNCATED, str(refused))
+    except RefusedError as refused:
+        refuse(BAD_PAYLOAD, str(refused))
 
 
 # The hint
