@@ -156,7 +156,8 @@ def build_object(
 ) -> tuple[bytearray, SectionTable]:
     """Assemble one object. `payloads` come level by level, layers ascending, K before V where they are apart.
 
-    `calibration` is the digest of the calibration that the payloads need: for profile "scalable" alone. Raises `InvalidArgumentError` where they do not divide the shard, or are larger than their values uncompressed.
+    `calibration` is the digest of the calibration that the payloads need: for profile "scalable" alone. Raises
+    `InvalidArgumentError` where they do not divide the shard, or are larger than their values uncompressed.
     """
     _check_calibration(calibration, profile)
     views = [memoryview(payload.data).cast("B") for payload in payloads]

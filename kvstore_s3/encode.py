@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from kvstore_s3.bitstream import PARTS_KV, Identity, Payload, SectionTable, build_object
 from kvstore_s3.codec.base import Bits
+from kvstore_s3.codec.cachegen import CacheGenCodec, published_bins
+from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.registry import encode_section
+from kvstore_s3.codec.rotation import Rotation
+from kvstore_s3.codec.scalable import encode_scalable
+from kvstore_s3.quality import Quality
 
 _BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How the chunks of one save are coded.
+
+    `layer_group` layers make a section, unless `calibration` (with its digest) brings its own number. Both it and
+    `rotation`, which says how K was rotated, are for scalable objects alone; without a calibration these are coded on
+    the scales of each chunk.
+    """
+
+    quality: Quality
+    layer_group: int
+    rotation: Rotation
+    calibration: tuple[bytes, Calibration] | None = None
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether scalable objects are coded with a calibration; None for other profiles."""
+        return self.calibration is not None if self.quality.object_profile == "scalable" else None
 
 
 def view_bits(kv: torch.Tensor) -> Bits:
@@ -17,18 +45,53 @@ def view_bits(kv: torch.Tensor) -> Bits:
     return bits
 
 
-def encode_object(identity: Identity, kv: torch.Tensor, layer_group: int) -> tuple[bytearray, SectionTable]:
-    """Encode one chunk [layers, 2, tokens, heads, dim] into an object of sections of `layer_group` layers."""
+def encode_object(
+    identity: Identity, kv: torch.Tensor, encoding: Encoding, first_token: int
+) -> tuple[bytearray, SectionTable]:
+    """Encode one chunk [layers, 2, tokens, heads, dim] into an object.
+
+    `first_token` is the position of the chunk's first token in its prompt.
+    """
     kv = kv.detach().cpu()
     bits = view_bits(kv if _rows_contiguous(kv) else kv.contiguous())
-    payloads = []
+    group = encoding.calibration[1].layer_group if encoding.calibration else encoding.layer_group
+    levels: list[list[Payload]] = []
     shard = identity.shard
-    for begin in range(shard.layer_begin, shard.layer_end, layer_group):
-        end = min(begin + layer_group, shard.layer_end)
+    for begin in range(shard.layer_begin, shard.layer_end, group):
+        end = min(begin + group, shard.layer_end)
         values = bits[begin - shard.layer_begin : end - shard.layer_begin]
-        codec_id, data = encode_section(values, identity.layout.dtype)
-        payloads.append(Payload(0, PARTS_KV, codec_id, begin, end, data))
-    return build_object(identity, payloads)
+        for level, (codec_id, data) in enumerate(_encode_levels(values, identity, encoding, begin, first_token)):
+            if level == len(levels):
+                levels.append([])
+            levels[level].append(Payload(level, PARTS_KV, codec_id, begin, end, data))
+    return build_object(
+        identity,
+        [payload for level in levels for payload in level],
+        profile=encoding.quality.object_profile,
+        calibration=encoding.calibration[0] if encoding.calibration else None,
+    )
+
+
+def _encode_levels(
+    values: Bits, identity: Identity, encoding: Encoding, layer_begin: int, first_token: int
+) -> Sequence[tuple[int, bytes]]:
+    """Codec id and payload of each level of one section."""
+    dtype, profile = identity.layout.dtype, encoding.quality.object_profile
+    if profile == "scalable":
+        return encode_scalable(
+            values,
+            dtype,
+            layer_begin=layer_begin,
+            first_position=first_token,
+            calibration=encoding.calibration[1] if encoding.calibration else None,
+            rotation=encoding.rotation,
+        )
+    if profile == "cachegen":
+        codec = CacheGenCodec(dtype, published_bins(layer_begin, len(values), identity.layout.layers))
+        payload = codec.encode_finite(values)
+        if payload is not None and len(payload) < values.nbytes:
+            return [(codec.id, payload)]
+    return [encode_section(values, dtype)]
 
 
 def _rows_contiguous(kv: torch.Tensor) -> bool:

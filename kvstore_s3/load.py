@@ -3,116 +3,223 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvstore_s3.bitstream import PARTS_K, PARTS_KV, Header, Identity, Section, SectionTable, parse_header
-from kvstore_s3.codec.base import Bits
+from kvstore_s3.bitstream import (
+    PARTS_K,
+    PARTS_KV,
+    PROFILES,
+    Header,
+    Identity,
+    Section,
+    SectionTable,
+    parse_header,
+)
+from kvstore_s3.codec.base import Bits, Codec
 from kvstore_s3.codec.registry import codec_for
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.quality import Quality, quality_of
 from kvstore_s3.transfer.buffers import BufferBudget
-from kvstore_s3.transfer.ranges import Band, band_range, has_boundaries
+from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, group_levels, has_boundaries
+
+if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
 
 T = TypeVar("T")
 
-log = logging.getLogger("kvstore_s3")
+CACHEGEN = 5
+"""Codec id of CacheGen as published: in objects of its own profile alone."""
+
+LOST = (DamagedObjectError, ObjectNotFoundError)
+"""What ends a hit instead of failing it."""
+
+
+class MissingCalibrationError(DamagedObjectError):
+    """An object names a calibration that is not at hand. That was logged once, so nobody need say it of each object."""
+
+    def __init__(self, digest: bytes) -> None:
+        name = digest.hex()[:16]
+        super().__init__(BitstreamFault.UNSUPPORTED_FEATURE, f"it was coded with calibration {name}, not at hand")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """One object that a lookup found. `header` is None where only the hint in its metadata was read so far."""
+    """One object that a lookup found.
+
+    `first_token` is the position of its first token in the prompt. `header` is None where only the hint in its metadata
+    was read so far.
+    """
 
     object_key: str
     identity: Identity
     table: SectionTable
     header: Header | None
+    first_token: int
+
+    def quality(self, wanted: Quality) -> str:
+        """The quality that a reader of `wanted` gets of this object."""
+        return quality_of(self.table.profile, min(wanted.levels, count_levels(self.table)))
+
+    @property
+    def calibrated(self) -> bool | None:
+        """Whether a scalable object was coded with a calibration; None: of another profile, or not known yet."""
+        if self.header is None or self.table.profile != PROFILES["scalable"]:
+            return None
+        return self.header.calibration is not None
 
 
-async def read_band(
-    chunks: list[StoredChunk],
-    count: int,
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What reading takes: the store, the quality wanted, limits, threads, and whom to tell of what was lost.
+
+    `chunks` limits the chunks in work at once, `ranges` the range reads.
+    """
+
+    objects: ObjectStore
+    quality: Quality
+    buffers: BufferBudget
+    chunks: asyncio.Semaphore
+    ranges: asyncio.Semaphore
+    threads: Executor
+    find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
+    on_lost: Callable[[Identity, Exception], None]
+
+    async def read_band(self, chunks: list[StoredChunk], count: int, band: Band, out: Bits) -> int:
+        """Read `band` of the first `count` chunks into `out` [layers of the band, 2, tokens, heads, dim].
+
+        Returns how many are good: a damaged or vanished object ends the prefix, and `on_lost` hears of it. The values
+        after the prefix are undefined. Headers that were read are kept in `chunks`, so that later bands need not read
+        them again. Store failures are raised.
+        """
+        good = count
+        tokens = out.shape[2] // count
+
+        async def read(index: int) -> None:
+            nonlocal good
+            chunk = chunks[index]
+            async with self.chunks:
+                if index >= good:
+                    return
+                target = out[:, :, index * tokens : (index + 1) * tokens]
+                try:
+                    header = await self._read_chunk(chunk, band, target)
+                    chunks[index] = replace(chunk, table=header.table, header=header)
+                except LOST as error:
+                    good = min(good, index)
+                    self.on_lost(chunk.identity, error)
+
+        await run_all([read(index) for index in range(count)])
+        return good
+
+    async def _read_chunk(self, chunk: StoredChunk, band: Band, out: Bits) -> Header:
+        found = band_ranges(chunk.table, band, levels=self.quality.levels)
+        if chunk.header is None:
+            found[0] = replace(found[0], start=0)  # the header comes along
+        async with self.buffers.lease(sum(part.length for part in found)) as buffer:
+            pieces = _cut_buffer(found, buffer)
+            await run_all([self._read_range(chunk.object_key, part, into) for part, into in pieces])
+            header = chunk.header or self._parse_header(pieces[0][1], chunk.identity)
+            if header.table == chunk.table:
+                calibration = await self._find_calibration(header)
+                await in_thread(self.threads, decode_band, header, chunk.first_token, calibration, band, pieces, out)
+                return header
+        if not has_boundaries(header.table, band):
+            raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
+        corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
+        return await self._read_chunk(corrected, band, out)
+
+    async def _read_range(self, object_key: str, part: BandRange, into: memoryview) -> None:
+        async with self.ranges:
+            await self.objects.get_range(object_key, part.start, into)
+
+    def _parse_header(self, data: memoryview, identity: Identity) -> Header:
+        return parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
+
+    async def _find_calibration(self, header: Header) -> Calibration | None:
+        if header.calibration is None:
+            return None
+        calibration = await self.find_calibration(header.calibration)
+        if calibration is None:
+            raise MissingCalibrationError(header.calibration)
+        return calibration
+
+
+def _cut_buffer(ranges: Sequence[BandRange], buffer: memoryview) -> list[tuple[BandRange, memoryview]]:
+    pieces, begin = [], 0
+    for part in ranges:
+        pieces.append((part, buffer[begin : begin + part.length]))
+        begin += part.length
+    return pieces
+
+
+def decode_band(
+    header: Header,
+    first_token: int,
+    calibration: Calibration | None,
     band: Band,
+    pieces: Sequence[tuple[BandRange, memoryview]],
     out: Bits,
-    *,
-    objects: ObjectStore,
-    buffers: BufferBudget,
-    slots: asyncio.Semaphore,
-    threads: Executor,
-    on_lost: Callable[[Identity, Exception], None],
-) -> int:
-    """Read `band` of the first `count` chunks into `out` [layers of the band, 2, tokens, heads, dim].
+) -> None:
+    """Verify and decode the sections in `pieces`, which hold whole sections of `band`, into `out`."""
+    payloads: dict[int, memoryview] = {}
+    for part, data in pieces:
+        for number in part.sections:
+            section = header.table.sections[number]
+            payloads[number] = header.verify(number, data[section.offset - part.start : section.end - part.start])
+    for numbers in group_levels(header.table, list(payloads)):
+        place = header.table.sections[numbers[0]]
+        target = out[place.layer_begin - band.layer_begin : place.layer_end - band.layer_begin]
+        decode_section(header, numbers, [payloads[n] for n in numbers], target, first_token, calibration)
 
-    Returns how many are good: a damaged or vanished object ends the prefix, and `on_lost` hears of it. The values after
-    the prefix are undefined. Headers that were read are kept in `chunks`, so that later bands need not read them again.
-    Store failures are raised.
+
+def decode_section(
+    header: Header,
+    numbers: Sequence[int],
+    payloads: Sequence[memoryview],
+    out: Bits,
+    first_token: int | None,
+    calibration: Calibration | None,
+) -> None:
+    """Decode verified payloads of one place, base first, into `out` [layers of the section, 2, tokens, heads, dim].
+
+    `first_token` None believes what a scalable object says of its own position.
     """
-    good = count
-    tokens = out.shape[2] // count
+    sections = [header.table.sections[number] for number in numbers]
+    base, identity = sections[0], header.identity
+    dtype = identity.layout.dtype
+    if base.parts != PARTS_KV:
+        out = out[:, 0:1] if base.parts == PARTS_K else out[:, 1:2]
+    if header.table.profile == PROFILES["scalable"]:
+        from kvstore_s3.codec.scalable import decode_scalable  # brings torch, which verifying alone does without
 
-    async def read(index: int) -> None:
-        nonlocal good
-        chunk = chunks[index]
-        async with slots:
-            if index >= good:
-                return
-            target = out[:, :, index * tokens : (index + 1) * tokens]
-            try:
-                header = await _read_chunk(chunk, band, target, objects, buffers, threads)
-                chunks[index] = replace(chunk, table=header.table, header=header)
-            except (DamagedObjectError, ObjectNotFoundError) as error:
-                good = min(good, index)
-                on_lost(chunk.identity, error)
-
-    await run_all([read(index) for index in range(count)])
-    return good
-
-
-async def _read_chunk(
-    chunk: StoredChunk, band: Band, out: Bits, objects: ObjectStore, buffers: BufferBudget, threads: Executor
-) -> Header:
-    found = band_range(chunk.table, band)
-    start = found.start if chunk.header else 0
-    async with buffers.lease(found.end - start) as buffer:
-        await objects.get_range(chunk.object_key, start, buffer)
-        header = await in_thread(threads, decode_range, chunk, found.sections, band.layer_begin, start, buffer, out)
-    if header.table == chunk.table:
-        return header
-    if not has_boundaries(header.table, band):
-        raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
-    corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
-    return await _read_chunk(corrected, band, out, objects, buffers, threads)
+        decode_scalable(
+            [(section.codec, payload) for section, payload in zip(sections, payloads, strict=True)],
+            out,
+            dtype,
+            layer_begin=base.layer_begin,
+            head_begin=0,
+            section_heads=identity.shard.heads,
+            first_position=first_token,
+            calibration=calibration,
+        )
+        return
+    codec = _cachegen_codec(dtype) if _is_cachegen(header, base) else codec_for(base.codec, dtype)
+    codec.decode(payloads[0], out, head_begin=0, section_heads=identity.shard.heads)
 
 
-def decode_range(
-    chunk: StoredChunk, sections: range, first_layer: int, start: int, data: memoryview, out: Bits
-) -> Header:
-    """Verify and decode `sections` out of `data`, the object's bytes from `start` on; return the verified header.
-
-    Where the chunk's header is not known yet, `start` is 0 and `data` begins with it; if its table is not the chunk's,
-    `sections` were planned from a wrong hint, and nothing is decoded.
-    """
-    header = chunk.header or parse_header(data, chunk.identity)
-    if header.table != chunk.table:
-        return header
-    for number in sections:
-        section = header.table.sections[number]
-        payload = header.verify(number, data[section.offset - start : section.end - start])
-        target = out[section.layer_begin - first_layer : section.layer_end - first_layer]
-        decode_section(section, payload, target, chunk.identity)
-    return header
+def _is_cachegen(header: Header, section: Section) -> bool:
+    return header.table.profile == PROFILES["cachegen"] and section.codec == CACHEGEN
 
 
-def decode_section(section: Section, payload: memoryview, out: Bits, identity: Identity) -> None:
-    """Decode a verified payload into `out` [layers of the section, 2, tokens, heads, dim]."""
-    if section.parts != PARTS_KV:
-        out = out[:, 0:1] if section.parts == PARTS_K else out[:, 1:2]
-    codec = codec_for(section.codec, identity.layout.dtype)
-    codec.decode(payload, out, head_begin=0, section_heads=identity.shard.heads)
+def _cachegen_codec(dtype: str) -> Codec:
+    from kvstore_s3.codec.cachegen import CacheGenCodec
+
+    return CacheGenCodec(dtype)
 
 
 async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -> T:

@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 
-from kvstore_s3.bitstream import HINT_NAME, Identity, decode_hint, parse_header, read_header_length
-from kvstore_s3.errors import DamagedObjectError, ObjectNotFoundError
-from kvstore_s3.load import StoredChunk, run_all
+from kvstore_s3.bitstream import HINT_NAME, Header, Identity, decode_hint, parse_header, read_header_length
+from kvstore_s3.errors import DamagedObjectError
+from kvstore_s3.load import LOST, MissingCalibrationError, StoredChunk, run_all
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+from kvstore_s3.quality import Quality
+from kvstore_s3.section_index import PROFILES
 
 log = logging.getLogger("kvstore_s3")
 
@@ -23,19 +25,27 @@ def object_key(identity: Identity) -> str:
 
 
 class ChunkFinder:
-    """Finds chunks in one object store, and remembers which turned out damaged or gone.
+    """Finds chunks in one object store, and remembers which turned out damaged, gone, or of no use to `quality`.
 
-    A chunk that was lost is not offered again for `verdict_lifetime_s` seconds, unless `mend` is told of it sooner.
+    A chunk that was lost is not offered again for `verdict_lifetime_s` seconds, unless `mend` is told of it sooner. An
+    object of a profile that `quality` does not accept counts as lost too: a save replaces it.
     """
 
-    def __init__(self, objects: ObjectStore, *, concurrency: int, verdict_lifetime_s: float) -> None:
+    def __init__(self, objects: ObjectStore, quality: Quality, *, concurrency: int, verdict_lifetime_s: float) -> None:
         self._objects = objects
+        self._quality = quality
         self._concurrency = concurrency
         self._verdict_lifetime_s = verdict_lifetime_s
         self._lost: dict[bytes, float] = {}
+        self._told: set[int] = set()
 
-    async def find_all(self, identities: Sequence[Identity], *, stop_at_miss: bool) -> list[StoredChunk | None]:
-        """One answer for each chunk, in order. With `stop_at_miss`, those behind the first miss may be None."""
+    async def find_all(
+        self, identities: Sequence[Identity], *, stop_at_miss: bool, first_token: int = 0
+    ) -> list[StoredChunk | None]:
+        """One answer for each chunk, in order, the first at position `first_token` of its prompt.
+
+        With `stop_at_miss`, those behind the first miss may be None.
+        """
         found: list[StoredChunk | None] = [None] * len(identities)
         limit = len(identities)
         position = 0
@@ -44,47 +54,69 @@ class ChunkFinder:
             nonlocal limit, position
             while position < limit:
                 index, position = position, position + 1
-                found[index] = await self._find(identities[index])
+                position_in_prompt = first_token + index * identities[index].tokens
+                found[index] = await self._find(identities[index], position_in_prompt)
                 if found[index] is None and stop_at_miss:
                     limit = min(limit, index)
 
         await run_all([work() for _ in range(min(self._concurrency, len(identities)))])
         return found
 
-    async def _find(self, identity: Identity) -> StoredChunk | None:
+    async def _find(self, identity: Identity, first_token: int) -> StoredChunk | None:
         if self.is_lost(identity):
             return None
         try:
             info = await self._objects.head(object_key(identity))
-            return None if info is None else await self._inspect(info, identity)
-        except (DamagedObjectError, ObjectNotFoundError) as error:
+            return None if info is None else await self._inspect(info, identity, first_token)
+        except LOST as error:
             self.lose(identity, error)
             return None
 
-    async def _inspect(self, info: ObjectInfo, identity: Identity) -> StoredChunk:
+    async def _inspect(self, info: ObjectInfo, identity: Identity, first_token: int) -> StoredChunk | None:
         hint = info.metadata.get(HINT_NAME)
         if hint is not None:
             try:
-                table = decode_hint(hint, identity)
+                table = decode_hint(hint, identity, profiles=self._quality.accepts)
             except DamagedObjectError:
                 pass  # a hint is only a hint: the header decides
             else:
                 if table.object_length == info.size:
-                    return StoredChunk(info.key, identity, table, None)
+                    return StoredChunk(info.key, identity, table, None, first_token)
         data = bytearray(min(_HEADER_GUESS, info.size))
         await self._objects.get_range(info.key, 0, memoryview(data))
         length = read_header_length(data)
         if length > len(data):
             data = bytearray(min(length, info.size))
             await self._objects.get_range(info.key, 0, memoryview(data))
-        header = parse_header(data, identity)
+        header = parse_header(data, identity, profiles=PROFILES, calibrations=None)
         header.table.check_object_length(info.size)
-        return StoredChunk(info.key, identity, header.table, header)
+        if not self._is_accepted(header):
+            self._withdraw(identity)
+            return None
+        return StoredChunk(info.key, identity, header.table, header, first_token)
+
+    def _is_accepted(self, header: Header) -> bool:
+        """Whether the quality wanted accepts the object's profile; that one is not is said once."""
+        profile = header.table.profile
+        if profile in {PROFILES[name] for name in self._quality.accepts}:
+            return True
+        if profile not in self._told:
+            self._told.add(profile)
+            name = next(name for name, number in PROFILES.items() if number == profile)
+            log.info(
+                "there are %s objects in the store; for profile %r they are misses, and are replaced by what is saved",
+                name,
+                self._quality.name,
+            )
+        return False
 
     def lose(self, identity: Identity, error: Exception) -> None:
         """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
-        if not self.is_lost(identity):
+        if not self.is_lost(identity) and not isinstance(error, MissingCalibrationError):
             log.warning("%s is treated as a miss: %s", object_key(identity), error)
+        self._withdraw(identity)
+
+    def _withdraw(self, identity: Identity) -> None:
         now = time.monotonic()
         self._lost = {key: until for key, until in self._lost.items() if until > now}
         self._lost[identity.key] = now + self._verdict_lifetime_s

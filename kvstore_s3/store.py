@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -14,65 +14,29 @@ import numpy.typing as npt
 import torch
 
 from kvstore_s3.bitstream import HINT_NAME, Identity, encode_hint
+from kvstore_s3.calibrations import Calibrations
+from kvstore_s3.codec.arithmetic import require_coder
+from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.config import Settings, load_settings
-from kvstore_s3.encode import encode_object, view_bits
+from kvstore_s3.encode import Encoding, encode_object, view_bits
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
-from kvstore_s3.load import StoredChunk, in_thread, read_band, run_all
+from kvstore_s3.hits import Hit, LayerGroup, Saved
+from kvstore_s3.load import Reader, StoredChunk, in_thread, run_all
 from kvstore_s3.lookup import ChunkFinder, object_key
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.open import open_store
+from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
 from kvstore_s3.transfer.buffers import BufferBudget
 from kvstore_s3.transfer.ranges import plan_bands
 
+__all__ = ["Hit", "KVStore", "LayerGroup", "Saved", "TokenIds"]
+
+log = logging.getLogger("kvstore_s3")
+
 TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tensor
 """Token ids from 0 to 2**32 - 1: a list, a numpy array, or a tensor; shape [n] or [1, n]."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The longest stored prefix of a prompt: `chunks` whole chunks of `chunk_tokens` tokens. Falsy when nothing is."""
-
-    chunks: tuple[StoredChunk, ...]
-    chunk_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        return len(self.chunks) * self.chunk_tokens
-
-    def __bool__(self) -> bool:
-        return bool(self.chunks)
-
-    def cut(self, tokens: int) -> Hit:
-        """The hit's first whole chunks within `tokens` tokens."""
-        return Hit(self.chunks[: max(tokens, 0) // self.chunk_tokens], self.chunk_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What a save did: chunks that it wrote, chunks that were there or that another writer was first with, bytes."""
-
-    chunks_new: int
-    chunks_present: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerGroup:
-    """KV of layers `layer_begin` to `layer_end`: `kv` [layers, 2, tokens, kv_heads, head_dim].
-
-    `tokens` never grows from group to group; it shrinks when damage is met, and what earlier groups gave beyond it
-    must then be dropped.
-    """
-
-    layer_begin: int
-    layer_end: int
-    kv: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        return self.kv.shape[2]
 
 
 class KVStore:
@@ -80,42 +44,63 @@ class KVStore:
 
     Values are torch tensors on the CPU, in the layout's dtype and the canonical order [layer, K or V, token, kv head,
     dim]. A damaged, missing, short or swapped object ends a hit before it; a store that does not answer raises a
-    `StoreError`.
+    `StoreError`. `settings.profile` is the quality that is written and read; objects of a profile that it does not
+    accept are misses, and a save replaces them.
     """
 
     def __init__(self, objects: ObjectStore, namespace: Namespace, settings: Settings, *, probe: bool) -> None:
         self.namespace = namespace
         self.settings = settings
         self.objects = objects
+        self.quality = find_quality(settings.profile)
+        check_dtype(self.quality, namespace.layout.dtype)
+        self.calibrations = Calibrations(objects, namespace, lifetime_s=settings.verdict_lifetime_s)
+        scalable = self.quality.object_profile == "scalable"
+        layout = namespace.layout
+        self._rotation = Rotation.from_layout(layout) if scalable else Rotation.none(layout.layers)
         self._probe = probe
         self._threads = ThreadPoolExecutor(settings.codec_threads or os.cpu_count() or 1, "kvstore-s3-codec")
         self._buffers = BufferBudget(settings.buffer_bytes)
-        self._downloads = asyncio.Semaphore(settings.download_concurrency)
         self._uploads = asyncio.Semaphore(settings.upload_concurrency)
         self._finder = ChunkFinder(
             self.objects,
+            self.quality,
             concurrency=settings.lookup_concurrency,
             verdict_lifetime_s=settings.verdict_lifetime_s,
         )
+        self._reader = Reader(
+            objects=objects,
+            quality=self.quality,
+            buffers=self._buffers,
+            chunks=asyncio.Semaphore(settings.download_concurrency),
+            ranges=asyncio.Semaphore(settings.download_concurrency),
+            threads=self._threads,
+            find_calibration=self.calibrations.find,
+            on_lost=self._finder.lose,
+        )
         self._described = False
+        self._told_lossy = False
 
     @classmethod
     def open(cls, url: str, namespace: Namespace, settings: Settings | None = None, *, probe: bool = True) -> Self:
         """Open `url` (file:///dir, s3://bucket/prefix, memory://) for `async with`.
 
         Entering raises `StoreRefusedError` or `StoreUnavailableError` where the store cannot be used, unless `probe`
-        is False. A URL or setting that cannot work raises `InvalidArgumentError`.
+        is False. A URL or setting that cannot work raises `InvalidArgumentError`: a lossy profile with float8 KV, or
+        profile "cachegen" without torchac, for two (the latter when entering).
         """
         settings = settings or load_settings()
         return cls(open_store(url, settings), namespace, settings, probe=probe)
 
     async def __aenter__(self) -> Self:
-        if self._probe:
-            try:
+        try:
+            if self.quality.object_profile == "cachegen":
+                await asyncio.to_thread(require_coder)
+            if self._probe:
                 await self.objects.probe()
-            except BaseException:
-                await self.close()
-                raise
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -134,10 +119,16 @@ class KVStore:
         """
         found = await self._finder.find_all(self._identities(token_ids, salt), stop_at_miss=True)
         length = next((index for index, chunk in enumerate(found) if chunk is None), len(found))
-        return Hit(tuple(chunk for chunk in found[:length] if chunk is not None), self.namespace.chunk_tokens)
+        chunks = tuple(chunk for chunk in found[:length] if chunk is not None)
+        return self.make_hit(chunks)
+
+    def make_hit(self, chunks: Sequence[StoredChunk]) -> Hit:
+        """A hit of chunks that a lookup found, in this process or another, for this store's `load` and `stream`."""
+        qualities = tuple(chunk.quality(self.quality) for chunk in chunks)
+        return Hit(tuple(chunks), self.namespace.chunk_tokens, qualities)
 
     async def load(self, hit: Hit) -> torch.Tensor:
-        """The hit's KV [layers, 2, tokens, kv_heads, head_dim], bit for bit what was saved.
+        """The hit's KV [layers, 2, tokens, kv_heads, head_dim]: bit for bit what was saved, or at `hit.quality`.
 
         Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone.
         Raises `StoreError` where the store fails.
@@ -145,7 +136,7 @@ class KVStore:
         self._check_hit(hit)
         out = self._empty(self.namespace.layout.layers, hit.tokens)
         tokens = hit.tokens
-        async for group in self._stream(hit.chunks, out):
+        async for group in self._stream(hit, 0, out):
             tokens = group.tokens
         return out[:, :, :tokens]
 
@@ -156,7 +147,7 @@ class KVStore:
         """
         self._check_hit(hit)
         self._check_boundary(first_token)
-        async for group in self._stream(hit.chunks[first_token // self.namespace.chunk_tokens :], None):
+        async for group in self._stream(hit, first_token // self.namespace.chunk_tokens, None):
             yield group
 
     async def save(
@@ -165,8 +156,10 @@ class KVStore:
         """Store the whole chunks of `token_ids` that `kv` covers and that are not there yet.
 
         `kv` [layers, 2, tokens, kv_heads, head_dim] in the layout's dtype holds the tokens from `first_token` (a chunk
-        boundary) on, and must not change until the call returns. An object found damaged before is replaced. Raises
-        `StoreError` where the store fails; what was written by then is whole and stays.
+        boundary) on, and must not change until the call returns. An object found damaged before, or of a profile that
+        the store's does not accept, is replaced and counts as new. A scalable profile uses the namespace's current
+        calibration, where it has one. Raises `StoreError` where the store fails; what was written by then is whole and
+        stays.
         """
         tokens = as_token_array(token_ids)
         self._check_boundary(first_token)
@@ -174,21 +167,31 @@ class KVStore:
         size = self.namespace.chunk_tokens
         first = first_token // size
         chunks = self._identities(tokens, salt)[first : first + kv.shape[2] // size]
-        found = await self._finder.find_all(chunks, stop_at_miss=False)
+        found = await self._finder.find_all(chunks, stop_at_miss=False, first_token=first_token)
         missing = [index for index, chunk in enumerate(found) if chunk is None]
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
-        if missing:
-            await self._describe_namespace()
+        encoding = await self._choose_encoding() if missing else None
+        if encoding is None:
+            return Saved(0, len(chunks), 0, self.quality.name)
+        await self._describe_namespace()
         written: list[int] = []
 
         async def write(index: int) -> None:
             async with self._uploads:
                 values = kv[:, :, index * size : (index + 1) * size]
-                written.append(await self._write_chunk(chunks[index], values, replace=index in damaged))
+                position = first_token + index * size
+                replace = index in damaged
+                written.append(await self._write_chunk(chunks[index], values, position, encoding, replace=replace))
 
         await run_all([write(index) for index in missing])
         new = sum(1 for length in written if length)
-        return Saved(new, len(chunks) - new, sum(written))
+        calibrated = encoding.calibrated if new else None
+        return Saved(new, len(chunks) - new, sum(written), self.quality.name, calibrated)
+
+    async def _choose_encoding(self) -> Encoding:
+        scalable = self.quality.object_profile == "scalable"
+        calibration = await self.calibrations.current() if scalable else None
+        return Encoding(self.quality, self.settings.layer_group, self._rotation, calibration)
 
     def _identities(self, token_ids: TokenIds, salt: str | bytes | None) -> list[Identity]:
         keys = chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)
@@ -198,15 +201,14 @@ class KVStore:
         layout = self.namespace.layout
         return Identity(self.namespace.digest, key, layout.full_shard, layout, self.namespace.chunk_tokens)
 
-    async def _stream(
-        self, chunks: Sequence[StoredChunk], out: torch.Tensor | None
-    ) -> AsyncGenerator[LayerGroup, None]:
-        if not chunks:
+    async def _stream(self, hit: Hit, first_chunk: int, out: torch.Tensor | None) -> AsyncGenerator[LayerGroup, None]:
+        reading = list(hit.chunks[first_chunk:])
+        if not reading:
             return
         size = self.namespace.chunk_tokens
-        reading = list(chunks)
-        good = len(chunks)
-        bands = plan_bands([chunk.table for chunk in chunks], self.settings.range_bytes)
+        good = len(reading)
+        tables = [chunk.table for chunk in reading]
+        bands = plan_bands(tables, self.settings.range_bytes, levels=self.quality.levels)
 
         def start(index: int) -> tuple[torch.Tensor, asyncio.Task[int]]:
             band = bands[index]
@@ -216,36 +218,40 @@ class KVStore:
                 if out is None
                 else out[whole, :, : good * size]
             )
-            read = read_band(
-                reading,
-                good,
-                band,
-                view_bits(kv),
-                objects=self.objects,
-                buffers=self._buffers,
-                slots=self._downloads,
-                threads=self._threads,
-                on_lost=self._finder.lose,
-            )
-            return kv, asyncio.create_task(read)
+            return kv, asyncio.create_task(self._reader.read_band(reading, good, band, view_bits(kv)))
 
         kv, task = start(0)
         try:
             for index, band in enumerate(bands):
                 good = min(good, await task)
+                qualities, calibrated = self._learn(hit, reading[:good])
                 done = kv[:, :, : good * size]
                 if index + 1 < len(bands) and good:
                     kv, task = start(index + 1)
-                yield LayerGroup(band.layer_begin, band.layer_end, done)
+                yield LayerGroup(band.layer_begin, band.layer_end, done, qualities, calibrated)
                 if not good:
                     return
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def _write_chunk(self, identity: Identity, kv: torch.Tensor, *, replace: bool) -> int:
+    def _learn(self, hit: Hit, read: Sequence[StoredChunk]) -> tuple[tuple[str, ...], tuple[bool | None, ...]]:
+        """Quality of each chunk that was read, and whether it is calibrated; complete the hit, say lossy use once."""
+        qualities = tuple(chunk.quality(self.quality) for chunk in read)
+        calibrated = tuple(chunk.calibrated for chunk in read)
+        hit.learn(read)
+        worst = worst_quality(qualities)
+        if worst != "lossless" and not self._told_lossy:
+            self._told_lossy = True
+            known = False if False in calibrated else None
+            log.info("%s: lossy values are used, quality %s", self.objects.url, describe_quality(worst, known))
+        return qualities, calibrated
+
+    async def _write_chunk(
+        self, identity: Identity, kv: torch.Tensor, first_token: int, encoding: Encoding, *, replace: bool
+    ) -> int:
         """Encode and put one chunk; return its bytes, or 0 where another writer was first."""
-        data, table = await in_thread(self._threads, encode_object, identity, kv, self.settings.layer_group)
+        data, table = await in_thread(self._threads, encode_object, identity, kv, encoding, first_token)
         hint = encode_hint(table)
         created = await self.objects.put(
             object_key(identity),

@@ -19,13 +19,16 @@ LAYERS = {
     "hub": 2,
     "layout": 2,
     "namespace": 2,
+    "quality": 2,
     "rope": 2,
     "section_index": 2,
     "weights": 2,
     "codec": 3,
     "objectstore": 3,
     "transfer": 3,
+    "calibrations": 4,
     "encode": 4,
+    "hits": 4,
     "load": 4,
     "lookup": 4,
     "runtime": 4,
@@ -39,7 +42,18 @@ SAME_LAYER = {1, 2, 4}
 """Layers whose rooms may import each other. On layer 3 siblings are strangers; on 5 only cli may use connectors."""
 
 ENGINES = {"transformers", "vllm", "sglang", "peft"}
-PURE = {"bitstream", "errors", "families", "hashing", "layout", "namespace", "rope", "weights"}
+PURE = {
+    "bitstream",
+    "errors",
+    "families",
+    "hashing",
+    "layout",
+    "namespace",
+    "quality",
+    "rope",
+    "section_index",
+    "weights",
+}
 NATIVE_USERS = {"kvstore_s3.codec", "kvstore_s3.transfer.buffers"}
 
 

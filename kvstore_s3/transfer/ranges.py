@@ -1,10 +1,14 @@
-"""Which byte ranges to read: bands of layers that every object of a hit can serve with one range. Pure."""
+"""Which byte ranges to read: bands of layers, and in each as many levels as the reader wants. Pure.
+
+Sections of one level are neighbours in layer order, and levels lie one after the other. So a band is one range for each
+level, and where it has all layers, one range in all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from kvstore_s3.bitstream import Section, SectionTable
 
@@ -19,27 +23,34 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class BandRange:
-    """One object's part of a band: `sections` are numbers in its index, neighbours in the object."""
+    """One range of one object: `sections` are numbers in its index, neighbours in the object."""
 
     sections: range
     start: int
     end: int
 
+    @property
+    def length(self) -> int:
+        return self.end - self.start
 
-def plan_bands(tables: Sequence[SectionTable], range_bytes: int) -> list[Band]:
+
+def count_levels(table: SectionTable) -> int:
+    """How many levels an object has."""
+    return table.sections[-1].level + 1
+
+
+def plan_bands(tables: Sequence[SectionTable], range_bytes: int, *, levels: int = 1) -> list[Band]:
     """Cut the layers where all objects have a section boundary, then join neighbours up to `range_bytes` an object.
 
-    Objects may have been written with different layer groups; a band never cuts a section of any of them.
+    `levels` are those wanted; an object that has fewer gives what it has. Objects may have been written with different
+    layer groups; a band never cuts a section of any of them.
     """
     boundaries = sorted(set.intersection(*(_boundaries(table) for table in tables)))
-    offsets = [_offsets(table) for table in tables]
+    sizes = [_sizes_up_to(table, levels) for table in tables]
     bands: list[Band] = []
     for begin, end in pairwise(boundaries):
         joined = Band(bands[-1].layer_begin if bands else begin, end)
-        if (
-            bands
-            and max(ends[joined.layer_end] - starts[joined.layer_begin] for starts, ends in offsets) <= range_bytes
-        ):
+        if bands and max(size[joined.layer_end] - size[joined.layer_begin] for size in sizes) <= range_bytes:
             bands[-1] = joined
         else:
             bands.append(Band(begin, end))
@@ -51,11 +62,30 @@ def has_boundaries(table: SectionTable, band: Band) -> bool:
     return {band.layer_begin, band.layer_end} <= _boundaries(table)
 
 
-def band_range(table: SectionTable, band: Band) -> BandRange:
-    """The base-level sections of `table` inside `band`; they are neighbours, since an index is in layer order."""
-    numbers = [n for n, section in enumerate(table.sections) if _inside(section, band)]
-    first, last = table.sections[numbers[0]], table.sections[numbers[-1]]
-    return BandRange(range(numbers[0], numbers[-1] + 1), first.offset, last.end)
+def band_ranges(table: SectionTable, band: Band, *, levels: int = 1) -> list[BandRange]:
+    """The sections of `table` inside `band` in the first `levels` levels, in the object's order.
+
+    One range for each level; ranges without a gap between them are one.
+    """
+    ranges: list[BandRange] = []
+    for level in range(min(levels, count_levels(table))):
+        numbers = [n for n, section in enumerate(table.sections) if section.level == level and _inside(section, band)]
+        first, last = numbers[0], numbers[-1]
+        start, end = table.sections[first].offset, table.sections[last].end
+        if ranges and ranges[-1].end == start:
+            ranges[-1] = BandRange(range(ranges[-1].sections.start, last + 1), ranges[-1].start, end)
+        else:
+            ranges.append(BandRange(range(first, last + 1), start, end))
+    return ranges
+
+
+def group_levels(table: SectionTable, numbers: Sequence[int]) -> list[list[int]]:
+    """Numbers of sections, those of one place (layers and parts) together, base first: they are decoded together."""
+    places: dict[tuple[int, int, int], list[int]] = {}
+    for number in numbers:
+        section = table.sections[number]
+        places.setdefault((section.layer_begin, section.layer_end, section.parts), []).append(number)
+    return list(places.values())
 
 
 def _boundaries(table: SectionTable) -> set[int]:
@@ -64,11 +94,13 @@ def _boundaries(table: SectionTable) -> set[int]:
 
 
 def _inside(section: Section, band: Band) -> bool:
-    return section.level == 0 and band.layer_begin <= section.layer_begin and section.layer_end <= band.layer_end
+    return band.layer_begin <= section.layer_begin and section.layer_end <= band.layer_end
 
 
-def _offsets(table: SectionTable) -> tuple[dict[int, int], dict[int, int]]:
-    """Where the base level's first section from a layer on starts, and where the last one up to a layer ends."""
-    base = [section for section in table.sections if section.level == 0]
-    starts = {section.layer_begin: section.offset for section in reversed(base)}
-    return starts, {section.layer_end: section.end for section in base}
+def _sizes_up_to(table: SectionTable, levels: int) -> dict[int, int]:
+    """Stored bytes of the wanted levels before each boundary of layers."""
+    sizes: dict[int, int] = {table.sections[0].layer_begin: 0}
+    for section in table.sections:
+        if section.level < levels:
+            sizes[section.layer_end] = sizes.get(section.layer_end, 0) + section.stored_length
+    return dict(zip(sizes, accumulate(sizes.values()), strict=True))

@@ -1,4 +1,4 @@
-"""Planning of range reads: exact cover, no cut sections, in layer order."""
+"""Planning of range reads: exact cover, no cut sections, in layer order, no byte of a level that nobody wants."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore_s3.bitstream import PARTS_K, PARTS_KV, PARTS_V, Section, SectionTable
-from kvstore_s3.transfer.ranges import Band, band_range, plan_bands
+from kvstore_s3.transfer.ranges import Band, band_ranges, count_levels, group_levels, has_boundaries, plan_bands
 
 
-def table_of(groups: list[int], length: int = 100, apart: bool = False) -> SectionTable:
+def table_of(groups: list[int], length: int = 100, apart: bool = False, levels: int = 1) -> SectionTable:
     sections: list[Section] = []
-    layer, offset = 0, 256
-    for layers in groups:
-        for parts in (PARTS_K, PARTS_V) if apart else (PARTS_KV,):
-            sections.append(Section(0, parts, 0, layer, layer + layers, offset, length))
-            offset = sections[-1].end
-        layer += layers
-    return SectionTable(256, tuple(sections))
+    offset = 256
+    for level in range(levels):
+        layer = 0
+        for layers in groups:
+            for parts in (PARTS_K, PARTS_V) if apart else (PARTS_KV,):
+                sections.append(Section(level, parts, 0, layer, layer + layers, offset, length))
+                offset = sections[-1].end
+            layer += layers
+    return SectionTable(256, tuple(sections), 1 if levels == 1 else 2)
 
 
 def test_neighbours_are_joined_up_to_the_limit() -> None:
@@ -25,6 +27,13 @@ def test_neighbours_are_joined_up_to_the_limit() -> None:
     assert plan_bands([table], 112) == [Band(0, 2), Band(2, 4), Band(4, 6), Band(6, 8)]
     assert plan_bands([table], 224) == [Band(0, 4), Band(4, 8)]
     assert plan_bands([table], 10_000) == [Band(0, 8)]
+
+
+def test_the_limit_is_for_all_wanted_levels_of_a_band_together() -> None:
+    table = table_of([2, 2, 2, 2], levels=3)
+    assert plan_bands([table], 448, levels=1) == [Band(0, 8)]
+    assert plan_bands([table], 448, levels=2) == [Band(0, 4), Band(4, 8)]
+    assert plan_bands([table], 447, levels=3) == [Band(0, 2), Band(2, 4), Band(4, 6), Band(6, 8)]
 
 
 def test_a_section_larger_than_the_limit_is_a_band_of_its_own() -> None:
@@ -36,20 +45,64 @@ def test_a_band_never_cuts_a_section_of_any_object() -> None:
 
 
 def test_k_and_v_apart_belong_to_one_band() -> None:
-    found = band_range(table_of([2, 2], apart=True), Band(2, 4))
+    (found,) = band_ranges(table_of([2, 2], apart=True), Band(2, 4))
     assert (list(found.sections), found.start, found.end) == ([2, 3], 480, 704)
+
+
+def test_all_layers_of_the_first_levels_are_one_range_from_the_first_section_on() -> None:
+    (found,) = band_ranges(table_of([2, 2], levels=3), Band(0, 4), levels=2)
+    assert (list(found.sections), found.start, found.end) == ([0, 1, 2, 3], 256, 704)
+
+
+def test_some_layers_are_one_range_for_each_level() -> None:
+    found = band_ranges(table_of([2, 2], levels=3), Band(2, 4), levels=3)
+    assert [(list(part.sections), part.start, part.length) for part in found] == [
+        ([1], 368, 112),
+        ([3], 592, 112),
+        ([5], 816, 112),
+    ]
+
+
+def test_an_object_with_fewer_levels_than_wanted_gives_those_it_has() -> None:
+    (found,) = band_ranges(table_of([2, 2]), Band(0, 4), levels=3)
+    assert (list(found.sections), found.start, found.end) == ([0, 1], 256, 480)
+
+
+def test_the_levels_of_one_place_are_decoded_together() -> None:
+    table = table_of([2, 2], apart=True, levels=2)
+    assert group_levels(table, range(8)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert group_levels(table, [2, 3]) == [[2], [3]]
 
 
 @given(
     st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=12), min_size=1, max_size=4),
+    st.lists(st.integers(1, 3), min_size=4, max_size=4),
     st.integers(1, 2000),
+    st.integers(1, 3),
 )
-def test_bands_cover_every_section_of_every_object_once(all_groups: list[list[int]], limit: int) -> None:
+def test_bands_cover_every_section_of_every_wanted_level_once(
+    all_groups: list[list[int]], all_levels: list[int], limit: int, wanted: int
+) -> None:
     layers = max(sum(groups) for groups in all_groups)
-    tables = [table_of([*groups, *([1] * (layers - sum(groups)))]) for groups in all_groups]
-    bands = plan_bands(tables, limit)
+    tables = [
+        table_of([*groups, *([1] * (layers - sum(groups)))], levels=levels)
+        for groups, levels in zip(all_groups, all_levels, strict=False)
+    ]
+    bands = plan_bands(tables, limit, levels=wanted)
     assert (bands[0].layer_begin, bands[-1].layer_end) == (0, layers)
+    assert [band.layer_end for band in bands[:-1]] == [band.layer_begin for band in bands[1:]]
     for table in tables:
-        found = [band_range(table, band) for band in bands]
-        assert [number for part in found for number in part.sections] == list(range(len(table.sections)))
-        assert [part.start for part in found[1:]] == [part.end for part in found[:-1]]
+        assert all(has_boundaries(table, band) for band in bands)
+        read = min(wanted, count_levels(table))
+        found = [part for band in bands for part in band_ranges(table, band, levels=wanted)]
+        numbers = [number for part in found for number in part.sections]
+        expected = [number for number, section in enumerate(table.sections) if section.level < read]
+        assert sorted(numbers) == expected
+        assert sum(part.length for part in found) == sum(table.sections[number].stored_length for number in expected)
+        assert all(table.sections[part.sections[0]].offset == part.start for part in found)
+        assert all(table.sections[part.sections[-1]].end == part.end for part in found)
+        if len(bands) == 1:
+            assert len(found) == 1, "all layers are one range"
+        for band in bands:
+            places = group_levels(table, [n for part in band_ranges(table, band, levels=wanted) for n in part.sections])
+            assert all([table.sections[n].level for n in place] == list(range(read)) for place in places)
