@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -51,6 +51,8 @@ class Reuse:
     load_seconds: float
     """Lookup, read, decode and copy to the model's devices."""
     save_seconds: float
+    quality: str = "lossless"
+    """Quality of what was loaded, the worst of it: "lossless", "balanced", "balanced (uncalibrated)" ..."""
 
     @property
     def computed_tokens(self) -> int:
@@ -65,6 +67,7 @@ class _Found:
     stored: int
     answered: bool
     seconds: float
+    quality: str
 
 
 _NOTHING = Saved(0, 0, 0)
@@ -122,7 +125,9 @@ class PrefixCache:
         end = self._whole(prompt.shape[1]) if found.answered else 0
         saved = self._try_save(prompt, found.cache, found.stored, end, salt)
         save_seconds = time.perf_counter() - started
-        self.last = Reuse(prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds)
+        self.last = Reuse(
+            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.quality
+        )
         return answer
 
     def prefill(
@@ -139,7 +144,9 @@ class PrefixCache:
         used = found.cache.get_seq_length()
         save = self._try_save if found.answered else _save_nothing
         saved, save_seconds = self._extend(prompt, found.cache, found.stored, salt, save, progress)
-        self.last = Reuse(prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds)
+        self.last = Reuse(
+            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.quality
+        )
         return found.cache, self.last
 
     def warm(
@@ -157,20 +164,21 @@ class PrefixCache:
         hit = self.store.lookup(prompt[0], salt=salt) if tokens else None
         if hit is None or hit.tokens == tokens:
             _report(progress, tokens)
-            return Saved(0, tokens // size, 0)
+            return Saved(0, tokens // size, 0, self.store.kv.quality.name)
         cache = build_cache(self.model.config, self.store.load(hit) if hit else None, self._devices)
         stored = cache.get_seq_length()
         _report(progress, stored)
         saved, _ = self._extend(prompt, cache, stored, salt, self._save, progress)
-        return Saved(saved.chunks_new, stored // size + saved.chunks_present, saved.bytes)
+        return replace(saved, chunks_present=stored // size + saved.chunks_present)
 
     def _load(self, prompt: torch.Tensor, salt: str | bytes | None, *, keep: Callable[[int, int], int]) -> _Found:
         """Look up and load the stored prefix, and cut it to `keep(tokens stored, tokens of the prompt)`."""
         started = time.perf_counter()
-        kv, answered = None, True
+        kv, answered, quality = None, True, "lossless"
         try:
             hit = self.store.lookup(prompt[0], salt=salt)
             kv = self.store.load(hit) if hit else None
+            quality = hit.cut(0 if kv is None else kv.shape[2]).describe_quality()
         except InvalidArgumentError:  # the caller's mistake, such as a salt of the wrong type
             raise
         except KVStoreError as error:
@@ -180,7 +188,7 @@ class PrefixCache:
         if kv is not None:
             kv = kv[:, :, : keep(stored, prompt.shape[1])]
         cache = build_cache(self.model.config, kv, self._devices)
-        return _Found(cache, stored, answered, time.perf_counter() - started)
+        return _Found(cache, stored, answered, time.perf_counter() - started, quality)
 
     def _try_save(
         self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None
@@ -253,4 +261,10 @@ def _report(progress: Callable[[int], None] | None, tokens: int) -> None:
 
 
 def _add(one: Saved, other: Saved) -> Saved:
-    return Saved(one.chunks_new + other.chunks_new, one.chunks_present + other.chunks_present, one.bytes + other.bytes)
+    return Saved(
+        one.chunks_new + other.chunks_new,
+        one.chunks_present + other.chunks_present,
+        one.bytes + other.bytes,
+        one.quality if other is _NOTHING else other.quality,
+        one.calibrated if other.calibrated is None or one.calibrated is False else other.calibrated,
+    )

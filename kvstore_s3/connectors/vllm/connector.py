@@ -89,7 +89,9 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 saves=transfer.is_kv_producer,
             )
             store.runtime.submit(health.check())
-            log.info("KV store %s, namespace %s", store.kv.objects.url, store.namespace.hex)
+            log.info(
+                "KV store %s, namespace %s, profile %s", store.kv.objects.url, store.namespace.hex, options.profile
+            )
         else:
             store.runtime.submit(spread_over_cores())
             self._worker = WorkerSide(store, health, options, self._tally, block_tokens=block_tokens)
@@ -97,6 +99,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _open(self, namespace: Namespace, options: Options, settings: Settings) -> SyncKVStore:
         _open_connectors.add(self)
+        settings = settings.model_copy(update={"profile": options.profile})
         return self._resources.enter_context(connect(options.store, namespace, settings, probe=False))
 
     @property

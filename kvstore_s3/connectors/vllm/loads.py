@@ -79,7 +79,7 @@ class Loader:
         """Write all layers of the order's tokens; return up to which token all layers are good."""
         tokens, block_tokens = order.tokens, self._cache.block_tokens
         good, layers = tokens.begin, 0
-        async with aclosing(self._kv.stream(order.to_hit(self._kv.namespace))) as groups:
+        async with aclosing(self._kv.stream(order.to_hit(self._kv))) as groups:
             async for group in groups:
                 good = floor_to(min(order.first_token + group.tokens, tokens.end), block_tokens)
                 if good <= tokens.begin:

@@ -10,7 +10,7 @@ from kvstore_s3.bitstream import Identity, SectionTable
 from kvstore_s3.connectors.vllm.plans import TokenRange
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.namespace import Namespace
-from kvstore_s3.store import Hit
+from kvstore_s3.store import Hit, KVStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,15 +20,16 @@ class ChunkPlace:
     object_key: str
     key: bytes
     table: SectionTable
+    first_token: int
 
     @classmethod
     def of(cls, chunk: StoredChunk) -> ChunkPlace:
-        return cls(chunk.object_key, chunk.identity.key, chunk.table)
+        return cls(chunk.object_key, chunk.identity.key, chunk.table, chunk.first_token)
 
     def to_chunk(self, namespace: Namespace) -> StoredChunk:
         layout = namespace.layout
         identity = Identity(namespace.digest, self.key, layout.full_shard, layout, namespace.chunk_tokens)
-        return StoredChunk(self.object_key, identity, self.table, None)
+        return StoredChunk(self.object_key, identity, self.table, None, self.first_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,9 @@ class LoadOrder:
     first_token: int
     places: tuple[ChunkPlace, ...]
 
-    def to_hit(self, namespace: Namespace) -> Hit:
+    def to_hit(self, kv: KVStore) -> Hit:
         """A hit of `places` alone: its token 0 is the request's `first_token`."""
-        return Hit(tuple(place.to_chunk(namespace) for place in self.places), namespace.chunk_tokens)
+        return kv.make_hit([place.to_chunk(kv.namespace) for place in self.places])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.quality import QUALITIES
 
 MiB = 1024 * 1024
 
@@ -25,6 +26,9 @@ class Options:
 
     chunk_tokens: int
     """Tokens in a chunk; part of the namespace. Default: Settings.chunk_tokens."""
+
+    profile: str
+    """Quality of what is saved and loaded (see `quality.QUALITIES`). Default: Settings.profile."""
 
     lookup_deadline_s: float = 1.0
     """Seconds that a request waits for the store's answer whether its prefix is there; then it is computed."""
@@ -45,9 +49,11 @@ class Options:
         for name in extra:
             if name not in known:
                 _refuse_name(name, known)
-        values = {"store": settings.store, "chunk_tokens": settings.chunk_tokens, **extra}
+        defaults = {"store": settings.store, "chunk_tokens": settings.chunk_tokens, "profile": settings.profile}
+        values = {**defaults, **extra}
         _check_store(values["store"])
-        for name in known - {"store"}:
+        _check_profile(values["profile"])
+        for name in known - {"store", "profile"}:
             if name in values:
                 _check_number(name, values[name], whole=name in {"chunk_tokens", "save_memory_bytes"})
         return cls(**values)
@@ -75,6 +81,13 @@ def _check_store(url: object) -> None:
         raise InvalidArgumentError(
             "the store's URL carries a user, a password or a query; configurations are logged, so credentials come "
             "from the default AWS chain: write s3://bucket/prefix"
+        )
+
+
+def _check_profile(profile: object) -> None:
+    if not isinstance(profile, str) or profile not in QUALITIES:
+        raise InvalidArgumentError(
+            f"kv_connector_extra_config: unknown profile {profile!r}; use one of {', '.join(QUALITIES)}"
         )
 
 

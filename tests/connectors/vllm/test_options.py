@@ -47,6 +47,19 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str):
     assert "hunter2" not in str(refusal.value)
 
 
+def test_the_profile_is_the_settings_unless_it_is_given(monkeypatch: pytest.MonkeyPatch):
+    assert parse(store="file:///x").profile == "lossless"
+    monkeypatch.setenv("KVSTORE_S3_PROFILE", "balanced")
+    assert parse(store="file:///x").profile == "balanced"
+    assert parse(store="file:///x", profile="small").profile == "small"
+
+
+@pytest.mark.parametrize("profile", ["smal", "", None, 2])
+def test_an_unknown_profile_is_refused_with_those_there_are(profile: object):
+    with pytest.raises(InvalidArgumentError, match="unknown profile .* lossless, near-lossless, balanced, small"):
+        parse(store="file:///x", profile=profile)
+
+
 @pytest.mark.parametrize("wrong", [{"load_deadline_s": 0}, {"save_memory_bytes": 1.5}, {"chunk_tokens": True}])
 def test_a_number_that_cannot_be_meant_is_refused(wrong: dict[str, object]):
     with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
