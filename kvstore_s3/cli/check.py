@@ -6,8 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from kvstore_s3.calibrations import artefact_key, current_key, parse_artefact, read_artefact, read_current
 from kvstore_s3.cli import exits
 from kvstore_s3.cli.inventory import (
     NAMESPACE_JSON,
@@ -21,13 +22,18 @@ from kvstore_s3.cli.inventory import (
 )
 from kvstore_s3.cli.output import Report, count_noun, format_bytes, format_seconds, say
 from kvstore_s3.cli.progress import WorkProgress
-from kvstore_s3.cli.verify import expect_identity, read_header, verify_sections
-from kvstore_s3.errors import DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.cli.verify import decode_sections, expect_identity, read_header, verify_sections
+from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.transfer.buffers import BufferBudget
 
 if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
     from kvstore_s3.config import Settings
+
+
+Artefacts: TypeAlias = "dict[bytes, Calibration | None]"
+"""Digests of a namespace's sound calibrations; with them the calibrations, where they are needed for decoding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +45,12 @@ class Damage:
 
 @dataclass(slots=True)
 class Findings:
-    """What a check has found so far."""
+    """What a check has found so far. `lacking` are objects that nobody can decode: their calibration is not there."""
 
     objects: int = 0
     bytes: int = 0
+    calibrations: int = 0
+    lacking: list[str] = field(default_factory=list)
     vanished: int = 0
     unverifiable: int = 0
     damaged: list[Damage] = field(default_factory=list)
@@ -64,8 +72,12 @@ async def _check_store(settings: Settings, prefix: str, *, delete: bool, decode:
             namespaces = {chosen: namespaces[chosen]}
         _check_namespaces(namespaces, findings)
         total = sum(totals.objects for totals in namespaces.values())
+        calibrations = {
+            totals.hex: await _check_calibrations(objects, totals, findings, keep=decode)
+            for totals in namespaces.values()
+        }
         with WorkProgress("check", total, "object") as progress:
-            checker = _Checker(objects, settings, findings, progress, decode=decode)
+            checker = _Checker(objects, settings, findings, progress, calibrations, decode=decode)
             await checker.check_all(namespaces, prefix)
         if delete:
             await _delete_damaged(objects, findings)
@@ -73,14 +85,25 @@ async def _check_store(settings: Settings, prefix: str, *, delete: bool, decode:
 
 
 class _Checker:
-    """Workers that take objects from one bounded queue, so that memory does not grow with the store."""
+    """Workers that take objects from one bounded queue, so that memory does not grow with the store.
+
+    `calibrations` are the sound ones of each namespace.
+    """
 
     def __init__(
-        self, objects: ObjectStore, settings: Settings, findings: Findings, progress: WorkProgress, *, decode: bool
+        self,
+        objects: ObjectStore,
+        settings: Settings,
+        findings: Findings,
+        progress: WorkProgress,
+        calibrations: dict[str, Artefacts],
+        *,
+        decode: bool,
     ) -> None:
         self._objects = objects
         self._findings = findings
         self._progress = progress
+        self._calibrations = calibrations
         self._decode = decode
         self._workers = settings.download_concurrency
         self._buffers = BufferBudget(settings.buffer_bytes)
@@ -113,7 +136,15 @@ class _Checker:
         try:
             identity = expect_identity(name, totals.namespace)
             header = await read_header(self._objects, info, identity)
-            await verify_sections(self._objects, info, header, self._buffers, decode=self._decode)
+            sound = self._calibrations[name.namespace]
+            lacking = header.calibration is not None and header.calibration not in sound
+            if lacking:
+                self._findings.lacking.append(info.key)
+            if self._decode and not lacking:
+                calibration = sound[header.calibration] if header.calibration else None
+                await decode_sections(self._objects, info, header, self._buffers, calibration)
+            else:
+                await verify_sections(self._objects, info, header, self._buffers)
         except ObjectNotFoundError:
             self._findings.vanished += 1
             return
@@ -144,6 +175,40 @@ def _check_namespaces(namespaces: dict[str, NamespaceTotals], findings: Findings
             say(f"damaged: {damage.object}: {damage.reason}; its {lost} cannot be verified")
 
 
+async def _check_calibrations(
+    objects: ObjectStore, totals: NamespaceTotals, findings: Findings, *, keep: bool
+) -> Artefacts:
+    """Verify a namespace's artefacts, and that calibration.json names one of them. Returns those that are sound."""
+    sound: Artefacts = {}
+    for digest in totals.calibrations if totals.namespace is not None else ():
+        try:
+            data = await read_artefact(objects, totals.hex, digest)
+            if data is not None and totals.namespace is not None:
+                calibration = await asyncio.to_thread(parse_artefact, data, totals.namespace)
+                sound[digest] = calibration if keep else None
+                findings.calibrations += 1
+        except ObjectNotFoundError:
+            findings.vanished += 1
+        except (DamagedObjectError, InvalidArgumentError) as error:
+            _note_damage(findings, artefact_key(totals.hex, digest), str(error))
+    if totals.names_calibration and totals.namespace is not None:
+        try:
+            current = await read_current(objects, totals.hex)
+            if current is not None and current not in sound:
+                reason = f"it names calibration {current.hex()[:16]}, which is damaged or not there"
+                _note_damage(findings, current_key(totals.hex), reason)
+        except ObjectNotFoundError:
+            findings.vanished += 1
+        except DamagedObjectError as error:
+            _note_damage(findings, current_key(totals.hex), str(error))
+    return sound
+
+
+def _note_damage(findings: Findings, key: str, reason: str) -> None:
+    findings.damaged.append(Damage(key, "CALIBRATION", reason))
+    say(f"damaged: {key}: {reason}")
+
+
 async def _delete_damaged(objects: ObjectStore, findings: Findings) -> None:
     for damage in findings.damaged:
         await objects.delete(damage.object)
@@ -161,17 +226,19 @@ def _report(
         "bytes": findings.bytes,
         "damaged": damaged,
         "deleted": findings.deleted,
+        "calibrations": findings.calibrations,
+        "lacking_calibration": findings.lacking,
         "unverifiable": findings.unverifiable,
         "vanished": findings.vanished,
         "foreign": foreign,
         "seconds": round(seconds, 3),
     }
-    exit_code = exits.DAMAGED if findings.damaged else exits.DONE
+    exit_code = exits.DAMAGED if findings.damaged else exits.SOME_FAILED if findings.lacking else exits.DONE
     return Report(data, list(_describe(findings, len(namespaces), foreign, seconds)), exit_code)
 
 
 def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float) -> list[str]:
-    if not (findings.objects or findings.damaged or foreign):
+    if not (findings.objects or findings.calibrations or findings.damaged or foreign):
         return ["nothing is stored here; is the store's URL right?"]
     verdict = f"{len(findings.damaged):,} damaged" if findings.damaged else "all as saved"
     lines = [
@@ -183,6 +250,13 @@ def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float)
         lines.append(f"{count_noun(len(findings.deleted), 'damaged object')} deleted; the next warm stores them again")
     elif findings.damaged:
         lines.append("check --delete removes what is damaged; the next warm stores it again")
+    if findings.calibrations:
+        lines.append(f"{count_noun(findings.calibrations, 'calibration')}, as published")
+    if findings.lacking:
+        lines.append(
+            f"{count_noun(len(findings.lacking), 'object')} coded with a calibration that is not there: misses until "
+            "it is back, or until a save replaces them"
+        )
     if findings.unverifiable:
         lines.append(f"{count_noun(findings.unverifiable, 'object')} without a namespace.json to verify against")
     if foreign:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from kvstore_s3.bitstream import PARTS_KV, PROFILES, Header
+from kvstore_s3.calibrations import read_current
 from kvstore_s3.cli.inventory import (
     NamespaceTotals,
     check_prefix,
@@ -19,16 +21,19 @@ from kvstore_s3.cli.inventory import (
 )
 from kvstore_s3.cli.output import Report, align_table, count_noun, format_bytes
 from kvstore_s3.cli.verify import expect_identity, read_header
-from kvstore_s3.codec.registry import codec_for
 from kvstore_s3.errors import DamagedObjectError, ObjectNotFoundError
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.quality import QUALITIES
 
 if TYPE_CHECKING:
     from kvstore_s3.config import Settings
 
 SAMPLE_OBJECTS = 64
 """Headers that stat reads for its details."""
+
+CODEC_NAMES = {0: "raw", 1: "lossless", 2: "planes", 3: "scalable", 4: "nothing", 5: "cachegen"}
+_PROFILE_NAMES = {number: name for name, number in PROFILES.items()}
 
 
 def list_store(settings: Settings, prefix: str | None) -> Report:
@@ -85,7 +90,7 @@ async def _stat_store(settings: Settings, prefix: str) -> Report:
         if prefix:
             totals = namespaces[choose_namespace(namespaces, prefix)]
             details = await _sample_headers(objects, totals)
-            return _describe_namespace(objects.url, totals, details)
+            return _describe_namespace(objects.url, totals, details, await _find_current(objects, totals))
         data: dict[str, Any] = {
             "store": objects.url,
             "namespaces": len(namespaces),
@@ -121,16 +126,46 @@ def summarise(totals: NamespaceTotals) -> dict[str, Any]:
         "tokens": totals.tokens,
         "bytes": totals.size,
         "bits_per_value": totals.bits_per_value and round(totals.bits_per_value, 3),
+        "calibrations": [digest.hex() for digest in sorted(totals.calibrations)],
         "problem": totals.problem,
     }
 
 
 @dataclass(slots=True)
 class _Sample:
+    """What the headers say. `level_bytes` and `values` are those of scalable objects."""
+
     headers: int = 0
     damaged: int = 0
     codecs: Counter[str] = field(default_factory=Counter)
     sections: Counter[int] = field(default_factory=Counter)
+    profiles: Counter[str] = field(default_factory=Counter)
+    calibrations: Counter[str] = field(default_factory=Counter)
+    level_bytes: Counter[int] = field(default_factory=Counter)
+    values: int = 0
+
+    def add(self, header: Header) -> None:
+        identity, sections = header.identity, header.table.sections
+        profile = _PROFILE_NAMES[header.table.profile]
+        self.headers += 1
+        self.codecs.update(CODEC_NAMES.get(section.codec, str(section.codec)) for section in sections)
+        self.sections[len(sections)] += 1
+        self.profiles[profile] += 1
+        if profile == "scalable":
+            self.calibrations[header.calibration.hex() if header.calibration else "none"] += 1
+            self.level_bytes.update(dict.fromkeys(range(sections[-1].level + 1), 0))
+            for section in sections:
+                self.level_bytes[section.level] += section.stored_length
+            self.values += identity.raw_bytes(identity.shard.layers, PARTS_KV) // identity.layout.itemsize
+
+    def bits_by_quality(self) -> dict[str, float]:
+        """Bits a value that a reader of each quality reads of the scalable objects, headers aside."""
+        found = {}
+        for quality in QUALITIES.values():
+            if self.values and quality.object_profile == "scalable" and quality.levels <= len(self.level_bytes):
+                read = sum(self.level_bytes[level] for level in range(quality.levels))
+                found[quality.name] = round(read * 8 / self.values, 3)
+        return found
 
 
 async def _sample_headers(objects: ObjectStore, totals: NamespaceTotals) -> _Sample:
@@ -146,19 +181,25 @@ async def _sample_headers(objects: ObjectStore, totals: NamespaceTotals) -> _Sam
             if info is None or name is None:
                 continue
             header = await read_header(objects, info, expect_identity(name, totals.namespace))
-            codecs = [codec_for(part.codec, totals.namespace.layout.dtype).name for part in header.table.sections]
         except ObjectNotFoundError:
             continue
         except DamagedObjectError:
             sample.damaged += 1
             continue
-        sample.headers += 1
-        sample.codecs.update(codecs)
-        sample.sections[len(codecs)] += 1
+        sample.add(header)
     return sample
 
 
-def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample) -> Report:
+async def _find_current(objects: ObjectStore, totals: NamespaceTotals) -> str | None:
+    """The calibration that writers use, None where there is none, or a damaged calibration.json (see check)."""
+    try:
+        digest = await read_current(objects, totals.hex) if totals.names_calibration else None
+    except (DamagedObjectError, ObjectNotFoundError):
+        return None
+    return digest.hex() if digest else None
+
+
+def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample, current: str | None) -> Report:
     namespace = totals.namespace
     data = {
         "store": url,
@@ -168,6 +209,15 @@ def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample) -> R
         "sampled_headers": sample.headers,
         "sampled_damaged": sample.damaged,
         "sections_by_codec": dict(sample.codecs),
+        "objects_by_profile": dict(sample.profiles),
+        "objects_by_calibration": dict(sample.calibrations),
+        "levels": len(sample.level_bytes),
+        "bits_per_value_by_level": [
+            round(sample.level_bytes[level] * 8 / sample.values, 3) for level in sorted(sample.level_bytes)
+        ],
+        "bits_per_value_by_quality": sample.bits_by_quality(),
+        "calibration_bytes": {digest.hex(): size for digest, size in totals.calibrations.items()},
+        "current_calibration": current,
         "sections_per_object": {str(count): objects for count, objects in sample.sections.items()},
     }
     lines = [f"namespace     {totals.hex}"]
@@ -188,9 +238,28 @@ def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample) -> R
         f"size          {format_bytes(totals.size)}, {_format_bits(totals.bits_per_value)} bits a value",
         f"codecs        {codecs or '-'} ({count_noun(sample.headers, 'header')} read)",
     ]
+    if set(sample.profiles) - {"lossless"}:
+        lines += _describe_lossy(sample)
+    for digest, size in sorted(totals.calibrations.items()):
+        used = ", used by writers" if digest.hex() == current else ""
+        lines.append(f"calibration   {digest.hex()[:16]}, {format_bytes(size)}{used}")
     if sample.damaged:
         lines.append(f"damaged       {count_noun(sample.damaged, 'header')} of those read; run check")
     return Report(data, lines)
+
+
+def _describe_lossy(sample: _Sample) -> list[str]:
+    profiles = ", ".join(f"{name} in {count_noun(count, 'object')}" for name, count in sample.profiles.most_common())
+    lines = [f"profiles      {profiles}"]
+    if sample.values:
+        bits = ", ".join(f"{name} {value:.2f}" for name, value in reversed(sample.bits_by_quality().items()))
+        lines.append(f"levels        {len(sample.level_bytes)}; bits a value that are read: {bits}")
+        coded = ", ".join(
+            f"{'no calibration' if digest == 'none' else digest[:16]} in {count_noun(count, 'object')}"
+            for digest, count in sample.calibrations.most_common()
+        )
+        lines.append(f"coded with    {coded}")
+    return lines
 
 
 def _identity(namespace: Namespace) -> Mapping[str, Any]:

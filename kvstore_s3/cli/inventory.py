@@ -1,4 +1,4 @@
-"""What lies in a store: names of objects, namespaces and their documents. Shared by ls, stat and check."""
+"""What lies in a store: names of objects, namespaces, documents, calibrations. Shared by ls, stat and check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kvstore_s3.calibrations import CALIBRATION_FOLDER, CALIBRATION_JSON
 from kvstore_s3.cli.options import require_store
 from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.layout import Shard
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
 NAMESPACE_JSON = "namespace.json"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_ARTEFACT = re.compile(r"([0-9a-f]{64})\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectName:
-    """An object key taken apart. `key` and `shard` are None for a namespace's JSON document."""
+    """An object key taken apart: that of a chunk has `key` and `shard`, that of a calibration its digest.
+
+    A namespace's JSON documents have none of them; `names_calibration` is one of these, calibration.json.
+    """
 
     namespace: str
-    key: bytes | None
-    shard: Shard | None
+    key: bytes | None = None
+    shard: Shard | None = None
+    calibration: bytes | None = None
+    names_calibration: bool = False
 
     @property
     def is_chunk(self) -> bool:
@@ -38,7 +45,10 @@ class ObjectName:
 
 @dataclass(slots=True)
 class NamespaceTotals:
-    """What a listing says about one namespace. `values` counts KV values, 0 as long as the layout is unknown."""
+    """What a listing says about one namespace. `values` counts KV values, 0 as long as the layout is unknown.
+
+    `calibrations` maps the digests of its artefacts to their bytes; `size` does not count these.
+    """
 
     hex: str
     namespace: Namespace | None = None
@@ -48,6 +58,8 @@ class NamespaceTotals:
     values: int = 0
     chunks: set[bytes] = field(default_factory=set)
     shards: dict[Shard, int] = field(default_factory=dict)
+    calibrations: dict[bytes, int] = field(default_factory=dict)
+    names_calibration: bool = False
 
     @property
     def tokens(self) -> int | None:
@@ -75,7 +87,12 @@ def parse_name(object_key: str) -> ObjectName | None:
     if _DIGEST.fullmatch(namespace) is None:
         return None
     if rest == [NAMESPACE_JSON]:
-        return ObjectName(namespace, None, None)
+        return ObjectName(namespace)
+    if rest == [CALIBRATION_JSON]:
+        return ObjectName(namespace, names_calibration=True)
+    if len(rest) == 2 and rest[0] == CALIBRATION_FOLDER:
+        artefact = _ARTEFACT.fullmatch(rest[1])
+        return ObjectName(namespace, calibration=bytes.fromhex(artefact[1])) if artefact else None
     if len(rest) != 2 or _DIGEST.fullmatch(rest[0]) is None:
         return None
     try:
@@ -156,6 +173,9 @@ async def _identify(objects: ObjectStore, totals: NamespaceTotals) -> None:
 
 
 def _count(totals: NamespaceTotals, name: ObjectName, info: ObjectInfo) -> None:
+    totals.names_calibration |= name.names_calibration
+    if name.calibration is not None:
+        totals.calibrations[name.calibration] = info.size
     if name.key is None or name.shard is None:
         return
     totals.objects += 1

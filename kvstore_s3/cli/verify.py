@@ -1,18 +1,33 @@
-"""Verify one stored object, section by section, in bounded memory. Used by check and stat."""
+"""Verify or decode one stored object, section by section, in bounded memory. Used by check and stat."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstore_s3.bitstream import HINT_NAME, PARTS_KV, Header, Identity, decode_hint, parse_header, read_header_length
+from kvstore_s3.bitstream import (
+    HINT_NAME,
+    PARTS_KV,
+    PROFILES,
+    Header,
+    Identity,
+    decode_hint,
+    parse_header,
+    read_header_length,
+)
 from kvstore_s3.cli.inventory import ObjectName, fits_layout
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.load import decode_section
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.transfer.buffers import BufferBudget
+from kvstore_s3.transfer.ranges import group_levels
+
+if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
 
 _HEADER_GUESS = 4096
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
@@ -28,14 +43,14 @@ def expect_identity(name: ObjectName, namespace: Namespace) -> Identity:
 
 
 async def read_header(objects: ObjectStore, info: ObjectInfo, identity: Identity) -> Header:
-    """Read and verify an object's header, its length and the index in its metadata."""
+    """Read and verify an object's header, of any profile, its length and the index in its metadata."""
     data = bytearray(min(_HEADER_GUESS, info.size))
     await objects.get_range(info.key, 0, memoryview(data))
     length = read_header_length(data)
     if length > len(data):
         data = bytearray(min(length, info.size))
         await objects.get_range(info.key, 0, memoryview(data))
-    header = parse_header(data, identity)
+    header = parse_header(data, identity, profiles=PROFILES, calibrations=None)
     expected = header.table.object_length
     if info.size != expected:
         fault = BitstreamFault.TRUNCATED if info.size < expected else BitstreamFault.TRAILING_BYTES
@@ -44,33 +59,49 @@ async def read_header(objects: ObjectStore, info: ObjectInfo, identity: Identity
     return header
 
 
-async def verify_sections(
-    objects: ObjectStore, info: ObjectInfo, header: Header, buffers: BufferBudget, *, decode: bool
-) -> None:
+async def verify_sections(objects: ObjectStore, info: ObjectInfo, header: Header, buffers: BufferBudget) -> None:
     """Read and verify every section, one at a time. Raises `DamagedObjectError` at the first that is not as saved."""
     for number, section in enumerate(header.table.sections):
         async with buffers.lease(section.stored_length) as buffer:
             await objects.get_range(info.key, section.offset, buffer)
-            await asyncio.to_thread(_verify_section, header, number, buffer, decode)
+            await asyncio.to_thread(header.verify, number, buffer)
+
+
+async def decode_sections(
+    objects: ObjectStore, info: ObjectInfo, header: Header, buffers: BufferBudget, calibration: Calibration | None
+) -> None:
+    """Read, verify and decode every section, all levels of one place at a time. Raises as `verify_sections`.
+
+    `calibration` is the one that the header names.
+    """
+    sections = header.table.sections
+    for numbers in group_levels(header.table, range(len(sections))):
+        async with buffers.lease(sum(sections[number].stored_length for number in numbers)) as buffer:
+            stored, begin = [], 0
+            for number in numbers:
+                stored.append(buffer[begin : begin + sections[number].stored_length])
+                begin += sections[number].stored_length
+                await objects.get_range(info.key, sections[number].offset, stored[-1])
+            await asyncio.to_thread(_decode, header, numbers, stored, calibration)
 
 
 async def _check_hint(objects: ObjectStore, info: ObjectInfo, header: Header) -> None:
     headed = await objects.head(info.key)
     hint = headed.metadata.get(HINT_NAME) if headed else None
-    if hint is not None and decode_hint(hint, header.identity) != header.table:
+    if hint is not None and decode_hint(hint, header.identity, profiles=PROFILES) != header.table:
         raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the index in its metadata is not that of its header")
 
 
-def _verify_section(header: Header, number: int, stored: memoryview, decode: bool) -> None:
-    payload = header.verify(number, stored)
-    if not decode:
-        return
-    identity, section = header.identity, header.table.sections[number]
+def _decode(
+    header: Header, numbers: Sequence[int], stored: Sequence[memoryview], calibration: Calibration | None
+) -> None:
+    payloads = [header.verify(number, data) for number, data in zip(numbers, stored, strict=True)]
+    identity, section = header.identity, header.table.sections[numbers[0]]
     layout = identity.layout
     shape = (section.layers, 2, identity.tokens, identity.shard.heads, layout.head_dim)
     out = np.empty(shape, dtype=_BITS[layout.itemsize])
     try:
-        decode_section(section, payload, out, identity)
+        decode_section(header, numbers, payloads, out, None, calibration)
     except DamagedObjectError as error:
         half = "" if section.parts == PARTS_KV else " (K or V)"
-        raise DamagedObjectError(error.code, f"section {number}{half} does not decode: {error}") from error
+        raise DamagedObjectError(error.code, f"section {numbers[0]}{half} does not decode: {error}") from error
