@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from blake3 import blake3
-from reference_calibration import DTYPES, SPANS, STYLES, Calibration, Tables
+from reference_calibration import DTYPES, STYLES, Calibration, Tables
 from reference_scalable import LANES, LOWEST, RAW, coding_order
 
 Integers = Sequence[Sequence[int]]
@@ -63,11 +63,13 @@ class Lanes:
         self.states[lane] = 4096 * (x // frequency) + x % frequency + start
 
 
-def encode_integers(q2: Integers, classes: Sequence[int], tables: Tables, levels: int = 3) -> Coded:
-    """Code all tokens of one stream."""
+def encode_integers(
+    q2: Integers, classes: Sequence[int], tables: Tables, levels: int = 3, last_state: int = LOWEST
+) -> Coded:
+    """Code all tokens of one stream. `last_state` is what a decoder ends with."""
     order = coding_order(classes, tables.first[levels - 1])
     values = [[chain(row[component], classes[component], tables.first) for component in order] for row in q2]
-    lanes = Lanes([LOWEST] * min(LANES, len(order)))
+    lanes = Lanes([last_state] * min(LANES, len(order)))
     words: list[list[int]] = []
     escapes: list[int] = []
     for level in reversed(range(levels)):
@@ -317,10 +319,6 @@ def pack_safetensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + body
-
-
-def span_id(name: str) -> int:
-    return SPANS.index(name)
 
 
 def style_id(name: str) -> int:

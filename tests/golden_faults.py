@@ -18,12 +18,18 @@ from kvstore_s3.layout import Shard
 
 @dataclass(frozen=True)
 class GoldenError:
-    """`data`, read as the object of `identity`, must be refused with `code`."""
+    """`data`, read as the object of `identity`, must be refused with `code`.
+
+    `profile` is the one that the reader asks for; `calibration` the golden object whose calibration it has at hand.
+    """
 
     name: str
     code: Fault
     identity: Identity
     data: bytes
+    profile: str = "lossless"
+    calibration: str | None = None
+    first_position: int | None = None
 
 
 _IDENTITY = make_identity("errors", Shard(0, 2, 0, 1), dtype="float16", tokens=2, head_dim=4, layers=4, kv_heads=2)

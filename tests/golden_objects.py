@@ -18,7 +18,7 @@ from kvstore_s3.layout import KVLayout, Shard
 MAC_KEY = bytes(range(32))
 """The key of the golden object with an authenticator."""
 
-_SPECIAL = {
+SPECIAL = {
     "bfloat16": (0x0000, 0x8000, 0x0001, 0x7F80, 0xFF80, 0x7FC0, 0xFFC1, 0x7F81),
     "float16": (0x0000, 0x8000, 0x0001, 0x7C00, 0xFC00, 0x7E00, 0xFE01, 0x7C01),
     "float32": (0, 1 << 31, 1, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00001, 0x7F800001),
@@ -32,7 +32,10 @@ _CODECS = {"raw": 0, "lossless": 1, "planes": 2}
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden object: its bytes, who it is, and the values in it (None where no codec of ours decodes them yet)."""
+    """One golden object: its bytes, who it is, and the values in it (None where it is lossy: `golden_scalable.py`).
+
+    `first_position` is that of the chunk's first token, `artefact` the calibration that its header names.
+    """
 
     name: str
     identity: Identity
@@ -40,6 +43,9 @@ class Golden:
     values: Bits | None
     profile: str = "lossless"
     codecs: tuple[str, ...] = field(default=())
+    levels: int = 1
+    first_position: int | None = None
+    artefact: bytes | None = None
 
 
 def make_identity(
@@ -60,7 +66,7 @@ def make_values(identity: Identity, seed: str) -> Bits:
     bell = octets[:4].astype(np.int64).sum(axis=0) - 510  # integers alone, so that every machine makes the same
     scale = 2.0 ** (np.arange(layout.head_dim) % 5 - 9)
     bits = _as_bits((bell * scale).astype(np.float32), layout.dtype)
-    special = _SPECIAL[layout.dtype]
+    special = SPECIAL[layout.dtype]
     if count > 64:
         bits.reshape(-1)[5 : 5 + 7 * len(special) : 7] = special
     return bits
@@ -82,9 +88,14 @@ def make_payloads(values: Bits, identity: Identity, division: Sequence[tuple[int
     for parts, begin, end, codec in division:
         kinds = {PARTS_K: slice(0, 1), PARTS_V: slice(1, 2), PARTS_KV: slice(0, 2)}[parts]
         part = values[begin - identity.shard.layer_begin : end - identity.shard.layer_begin, kinds]
-        data = codec_for(_CODECS[codec], identity.layout.dtype).encode(part)
-        payloads.append(Payload(0, parts, _CODECS[codec], begin, end, data))
+        codec_id, data = encode_exact(part, identity, codec)
+        payloads.append(Payload(0, parts, codec_id, begin, end, data))
     return payloads
+
+
+def encode_exact(values: Bits, identity: Identity, codec: str) -> tuple[int, bytes]:
+    """Codec id and payload."""
+    return _CODECS[codec], codec_for(_CODECS[codec], identity.layout.dtype).encode(values)
 
 
 def _build(
@@ -139,18 +150,6 @@ def _authenticated() -> Golden:
     return Golden("authenticated", identity, crafted.object(), values, codecs=("raw",))
 
 
-def _scalable() -> Golden:
-    """Header and index of three levels; its sections are of a codec that is not there yet."""
-    identity = make_identity("scalable", Shard(0, 3, 0, 1), dtype="bfloat16", tokens=4, head_dim=8)
-    payloads = [
-        Payload(level, PARTS_KV, 3, begin, end, bytes([level, begin]) * (5 + level))
-        for level in range(3)
-        for begin, end in ((0, 2), (2, 3))
-    ]
-    data, _ = build_object(identity, payloads, profile="scalable")
-    return Golden("scalable", identity, bytes(data), None, profile="scalable")
-
-
 _MAKERS: Sequence[Callable[[], Golden]] = (
     _raw_bf16,
     _whole("lossless-bf16", "bfloat16", "lossless"),
@@ -163,7 +162,6 @@ _MAKERS: Sequence[Callable[[], Golden]] = (
     _apart_lossless,
     _digest_256,
     _authenticated,
-    _scalable,
 )
 
 

@@ -401,10 +401,9 @@ def decode_lossless(payload: bytes, layers: int, kinds: int, expected: Expected)
 # Codec 3: docs/format-scalable.md
 
 
-def decode_scalable(
-    payloads: list[bytes], base: Section, levels: int, calibration: Calibration | None, expected: Expected
-) -> list[int]:
-    section = reference_scalable.Section(
+def scalable_section(base: Section, levels: int, expected: Expected) -> reference_scalable.Section:
+    """What its reader knows of a section. `levels`: those of the object."""
+    return reference_scalable.Section(
         layers=base.layer_end - base.layer_begin,
         tokens=expected.tokens,
         heads=expected.heads,
@@ -415,6 +414,12 @@ def decode_scalable(
         head_begin=expected.head_begin,
         first_position=expected.first_position,
     )
+
+
+def decode_scalable(
+    payloads: list[bytes], base: Section, levels: int, calibration: Calibration | None, expected: Expected
+) -> list[int]:
+    section = scalable_section(base, levels, expected)
     try:
         return [int(value) for value in reference_scalable.decode(payloads, section, calibration).reshape(-1)]
     except reference_scalable.ShortError as refused:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +10,16 @@ import reference_decoder as reference
 import zstandard
 from blake3 import blake3
 from golden_faults import make_all_errors
+from golden_files import ERRORS, OBJECTS, load_calibrations, read_artefact, read_error, read_object
 from golden_objects import MAC_KEY, Golden, as_bytes, identity_from_json, make_all
+from golden_scalable import calibrations_of, make_all_scalable
+from golden_scalable_faults import make_all_scalable_errors
 from object_decoder import decode_object, to_reference
 
 from kvstore_s3.bitstream import HINT_NAME, PROFILES, decode_hint, encode_hint, parse_header
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 
 TESTS = Path(__file__).parent
-OBJECTS: dict[str, Any] = json.loads((TESTS / "golden/manifest.json").read_text(encoding="utf-8"))
-ERRORS: dict[str, Any] = json.loads((TESTS / "golden_errors/manifest.json").read_text(encoding="utf-8"))
 DECODABLE = [name for name, entry in OBJECTS["objects"].items() if entry["values_blake3"]]
 
 each_object = pytest.mark.parametrize("name", OBJECTS["objects"])
@@ -30,15 +29,7 @@ each_error = pytest.mark.parametrize("name", ERRORS)
 
 @pytest.fixture(scope="module")
 def remade() -> dict[str, Golden]:
-    return {golden.name: golden for golden in make_all()}
-
-
-def read_object(name: str) -> bytes:
-    return (TESTS / "golden" / f"{name}.kvs3").read_bytes()
-
-
-def read_error(name: str) -> bytes:
-    return (TESTS / "golden_errors" / f"{name}.kvs3").read_bytes()
+    return {golden.name: golden for golden in make_all() + make_all_scalable()}
 
 
 @each_object
@@ -75,11 +66,13 @@ def test_the_encoder_makes_a_golden_object_again(name: str, remade: dict[str, Go
 def test_both_decoders_read_the_same_index_from_header_and_hint(name: str) -> None:
     entry, data = OBJECTS["objects"][name], read_object(name)
     identity = identity_from_json(entry["identity"])
-    table = parse_header(data, identity, profiles=frozenset(PROFILES)).table
+    header = parse_header(data, identity, profiles=frozenset(PROFILES), calibrations=None)
+    table = header.table
     assert table == decode_hint(entry["hint"], identity, profiles=frozenset(PROFILES))
     assert encode_hint(table) == entry["hint"]
     assert len(HINT_NAME) + len(entry["hint"]) <= 2000
     expected, profiles = to_reference(identity), frozenset(PROFILES.values())
+    calibrations = {header.calibration: None} if header.calibration else {}
     rows = [
         (
             section.level,
@@ -93,26 +86,10 @@ def test_both_decoders_read_the_same_index_from_header_and_hint(name: str) -> No
         for section in table.sections
     ]
     for sections in (
-        reference.read_header(data, expected, profiles),
+        reference.read_header(data, expected, profiles, calibrations),
         reference.read_hint(entry["hint"], expected, profiles),
     ):
         assert rows == [(s.level, s.parts, s.codec, s.layer_begin, s.layer_end, s.offset, s.end) for s in sections]
-
-
-def test_a_scalable_object_has_three_verifiable_levels_and_is_refused_unless_asked_for() -> None:
-    data = read_object("scalable")
-    identity = identity_from_json(OBJECTS["objects"]["scalable"]["identity"])
-    header = parse_header(data, identity, profiles={"lossless", "scalable"})
-    assert [section.level for section in header.table.sections] == [0, 0, 1, 1, 2, 2]
-    for number, section in enumerate(header.table.sections):
-        assert len(header.verify(number, data[section.offset : section.end])) == section.length
-    for decode in (lambda: parse_header(data, identity), lambda: decode_object(data, identity)):
-        with pytest.raises(DamagedObjectError) as refused:
-            decode()
-        assert refused.value.code is BitstreamFault.UNSUPPORTED_FEATURE
-    with pytest.raises(reference.Fault) as fault:
-        reference.decode(data, to_reference(identity))
-    assert fault.value.code == BitstreamFault.UNSUPPORTED_FEATURE
 
 
 def test_the_authenticator_is_over_everything_before_it() -> None:
@@ -124,13 +101,16 @@ def test_the_authenticator_is_over_everything_before_it() -> None:
 
 @each_error
 def test_both_decoders_refuse_a_golden_error_with_its_number(name: str) -> None:
-    data, identity = read_error(name), identity_from_json(ERRORS[name]["identity"])
-    with pytest.raises(DamagedObjectError) as refused:
-        decode_object(data, identity)
-    assert (refused.value.code, refused.value.code.name) == (ERRORS[name]["code"], ERRORS[name]["fault"])
+    data, entry = read_error(name), ERRORS[name]
+    identity = identity_from_json(entry["identity"])
+    first, profiles = entry["first_position"], frozenset({"lossless", entry["profile"]})
+    known = calibrations_of(read_artefact(entry["calibration"]) if entry["calibration"] else None)
     with pytest.raises(reference.Fault) as fault:
-        reference.decode(data, to_reference(identity))
-    assert fault.value.code == ERRORS[name]["code"]
+        reference.decode(data, to_reference(identity, first), frozenset(PROFILES[one] for one in profiles), known)
+    assert fault.value.code == entry["code"]
+    with pytest.raises(DamagedObjectError) as refused:
+        decode_object(data, identity, profiles, calibrations=load_calibrations(entry["calibration"]), first_token=first)
+    assert (refused.value.code, refused.value.code.name) == (entry["code"], entry["fault"])
 
 
 def test_every_fault_has_a_golden_error() -> None:
@@ -138,7 +118,7 @@ def test_every_fault_has_a_golden_error() -> None:
 
 
 def test_the_golden_errors_are_those_of_the_script() -> None:
-    assert {error.name: error.code for error in make_all_errors()} == {
+    assert {error.name: error.code for error in make_all_errors() + make_all_scalable_errors()} == {
         name: entry["code"] for name, entry in ERRORS.items()
     }
     assert {path.stem for path in (TESTS / "golden_errors").glob("*.kvs3")} == set(ERRORS)
