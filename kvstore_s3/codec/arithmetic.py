@@ -112,8 +112,13 @@ def _load_coder() -> Any:
 
         return cpp_extension.load(name=name, sources=[str(source)], extra_cflags=["-O2"])
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().splitlines()
         raise InvalidArgumentError(
-            f"torchac cannot be compiled: {reason[0] if reason else type(error).__name__}; it needs a C++ compiler "
+            f"torchac cannot be compiled: {_telling_line(str(error))}; it needs a C++ compiler "
             "(CXX, or c++ on PATH) and the folder TORCH_EXTENSIONS_DIR, or torch's default, to write to"
         ) from error
+
+
+def _telling_line(output: str) -> str:
+    """What went wrong, out of all that a compiler and its callers say."""
+    lines = output.splitlines() or ["no reason given"]
+    return next((line for line in lines if re.search(r"error: |not found|[Nn]o such file", line)), lines[0])

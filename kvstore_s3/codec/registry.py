@@ -54,15 +54,16 @@ def encode_cachegen_section(values: Bits, dtype: str, *, layer_begin: int, model
     return exact if payload is None or len(payload) >= len(exact[1]) else (_CACHEGEN_ID, payload)
 
 
-def codec_for(codec_id: int, dtype: str) -> Codec:
+def codec_for(codec_id: int, dtype: str, *, cachegen: bool = False) -> Codec:
     """The codec that `codec_id` names, for values of `dtype`, among those that decode a section on their own.
 
+    All are exact but CacheGen's, which belongs into objects of its own profile alone: `cachegen` says that this is one.
     Raises `DamagedObjectError` (UNSUPPORTED_FEATURE) where no such codec is known, or not for this dtype.
     """
     for codec in (_RAW, _PLANES, _PREFERRED[dtype]):
         if codec.id == codec_id:
             return codec
-    if codec_id == _CACHEGEN_ID:
+    if cachegen and codec_id == _CACHEGEN_ID:
         from kvstore_s3.codec.cachegen import DTYPES as CODED
         from kvstore_s3.codec.cachegen import CacheGenCodec
 

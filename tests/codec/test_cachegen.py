@@ -131,7 +131,7 @@ def test_the_largest_values_stay_finite(dtype: str) -> None:
     largest = from_float(values, dtype)
     codec_id, payload = encode_cachegen_section(largest, dtype, layer_begin=0, model_layers=32)
     out = np.empty_like(largest)
-    codec_for(codec_id, dtype).decode(memoryview(payload), out, head_begin=0, section_heads=1)
+    codec_for(codec_id, dtype, cachegen=True).decode(memoryview(payload), out, head_begin=0, section_heads=1)
     assert np.isfinite(floats(out, dtype)).all()
 
 
@@ -148,7 +148,7 @@ def test_a_section_with_a_value_that_is_not_finite_is_coded_exactly(dtype: str, 
         CacheGenCodec(dtype, ((16, 16),)).encode(bits)
     codec_id, payload = encode_cachegen_section(bits, dtype, layer_begin=0, model_layers=32)
     out = np.empty_like(bits)
-    codec_for(codec_id, dtype).decode(memoryview(payload), out, head_begin=0, section_heads=2)
+    codec_for(codec_id, dtype, cachegen=True).decode(memoryview(payload), out, head_begin=0, section_heads=2)
     assert codec_id != 5
     np.testing.assert_array_equal(out, bits)
 
@@ -168,7 +168,13 @@ def test_fp8_is_coded_exactly() -> None:
     codec_id, _ = encode_cachegen_section(values, "float8_e4m3fn", layer_begin=0, model_layers=32)
     assert codec_id in (0, 2)
     with pytest.raises(DamagedObjectError, match=r"codec 5 .cachegen. does not code float8_e4m3fn"):
-        codec_for(5, "float8_e4m3fn")
+        codec_for(5, "float8_e4m3fn", cachegen=True)
+
+
+def test_objects_of_other_profiles_have_no_such_section() -> None:
+    assert codec_for(5, "bfloat16", cachegen=True).name == "cachegen"
+    with pytest.raises(DamagedObjectError, match=r"codec 5 .cachegen. does not code bfloat16 here"):
+        codec_for(5, "bfloat16")
 
 
 def test_bins_are_those_of_the_published_configuration() -> None:
