@@ -12,9 +12,10 @@
 namespace kvs {
 
 // Which code runs. All give the same bytes.
-enum class Implementation { kPortable, kAvx2 };
+enum class Implementation { kPortable, kAvx2, kAvx512 };
 
 bool has_avx2();
+bool has_avx512();  // with the instructions that move bytes and words between lanes (VBMI, VBMI2)
 
 // A section's values as bf16 bit patterns, [layer][K or V][token][head][dim]; `kinds` is 2, or 1 where K and
 // V lie in sections of their own. Strides in elements; dim is contiguous. No size is above kMaxExtent.

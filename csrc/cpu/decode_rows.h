@@ -1,4 +1,4 @@
-// Decoding the rows (one token, 32 lanes) of a block: what the portable and the AVX2 loop share.
+// Decoding the rows (one token, 32 lanes) of a block: what the portable, the AVX2 and the AVX-512 loop share.
 #pragma once
 
 #include "head_stream.h"
@@ -22,28 +22,30 @@ struct StreamReader {
 
 // A block of lanes: states carry on from block to block, the rest is the block's own.
 struct LaneBlock {
-  alignas(32) std::uint32_t state[kLanes];
-  alignas(32) std::uint32_t table[kLanes];  // offset of the lane's table in slot_tables(), in entries
-  alignas(32) std::uint16_t base[kLanes];   // class_base
+  alignas(64) std::uint32_t state[kLanes];
+  alignas(64) std::uint32_t table[kLanes];  // offset of the lane's table in slot_tables(), in entries
+  alignas(64) std::uint16_t base[kLanes];   // class_base
   std::uint32_t lanes;
   const std::uint8_t* rows;
 };
 
-// Both decode token rows [begin, tokens) into `out` (the head's first value), scattered by `runs`. The
-// portable loop decodes all of them or answers a fault. The fast one answers the token where it stopped: its
-// wide loads might have left the stream there, so that the portable loop must do the rest. It may run past
-// words_end; the caller checks.
+// All decode token rows [begin, tokens) into `out` (the head's first value), scattered by `runs`. The
+// portable loop decodes all of them or answers a fault. The fast ones start at 0 and answer the token where
+// they stopped: their wide loads might have left the stream there, so that the portable loop must do the
+// rest. They may run past words_end; the caller checks.
 Fault decode_rows_portable(StreamReader& from, LaneBlock& block, const BlockRuns& runs, std::uint64_t begin,
                            std::uint64_t tokens, std::uint16_t* out, std::int64_t token_stride);
 std::uint64_t decode_rows_avx2(StreamReader& from, LaneBlock& block, const BlockRuns& runs,
                                std::uint64_t tokens, std::uint16_t* out, std::int64_t token_stride);
+std::uint64_t decode_rows_avx512(StreamReader& from, LaneBlock& block, const BlockRuns& runs,
+                                 std::uint64_t tokens, std::uint16_t* out, std::int64_t token_stride);
 
 // Puts the exponents of the escaped `lanes` into `row`. False where there are no escape bytes left.
 bool take_escapes(StreamReader& from, std::uint32_t lanes, std::uint16_t* row);
 
 inline void scatter_row(const std::uint16_t* row, const BlockRuns& runs, std::uint16_t* out) {
   for (std::uint32_t i = 0; i < runs.count; ++i) {
-    std::memcpy(out + runs.runs[i].offset, row + runs.runs[i].lane, 2 * runs.runs[i].lanes);
+    copy_run(out + runs.runs[i].offset, row + runs.runs[i].lane, runs.runs[i].lanes);
   }
 }
 

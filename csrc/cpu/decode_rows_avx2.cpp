@@ -1,5 +1,6 @@
 // The AVX2 loop: 32 lanes in four vectors of eight. Functions carry their target themselves, so that nothing
-// compiled for AVX2 can be linked into the portable path.
+// compiled for AVX2 can be linked into the portable path. Lanes that are missing take no words and get their
+// states back.
 
 #include "../rans.h"
 #include "decode_rows.h"
@@ -26,9 +27,15 @@ struct WordSpread {
 };
 constexpr WordSpread kSpread;
 
+// All bits of the lanes whose bits are set in the low eight of `set`.
+KVS_AVX2 inline __m256i spread_set(std::uint32_t set) {
+  const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), bits), bits);
+}
+
 // One vector's step: answers the entries, leaves the renormalised states. Loads 16 bytes from `words` on.
-KVS_AVX2 inline __m256i step_lanes(__m256i& state, __m256i table, const std::uint32_t* entries,
-                                   const std::uint8_t*& words) {
+KVS_AVX2 inline __m256i step_lanes(__m256i& state, __m256i table, __m256i present,
+                                   const std::uint32_t* entries, const std::uint8_t*& words) {
   const __m256i slot = _mm256_and_si256(state, _mm256_set1_epi32(kSlots - 1));
   const __m256i entry =
       _mm256_i32gather_epi32(reinterpret_cast<const int*>(entries), _mm256_add_epi32(slot, table), 4);
@@ -36,7 +43,7 @@ KVS_AVX2 inline __m256i step_lanes(__m256i& state, __m256i table, const std::uin
   const __m256i popped = _mm256_add_epi32(
       _mm256_mullo_epi32(_mm256_and_si256(entry, field), _mm256_srli_epi32(state, kSlotBits)),
       _mm256_and_si256(_mm256_srli_epi32(entry, 12), field));
-  const __m256i hungry = _mm256_cmpgt_epi32(_mm256_set1_epi32(kStateMin), popped);
+  const __m256i hungry = _mm256_and_si256(present, _mm256_cmpgt_epi32(_mm256_set1_epi32(kStateMin), popped));
   const auto mask = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(hungry)));
   const __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(words)));
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kSpread.order[mask]));
@@ -86,14 +93,20 @@ KVS_AVX2 std::uint64_t decode_rows_avx2(StreamReader& from, LaneBlock& block, co
   const __m256i base0 = bases[0], base1 = bases[1];
   const std::uint8_t* words = from.words;
   const std::uint8_t* low = block.rows;
-  const bool whole = runs.count == 1;
+  const bool whole = runs.count == 1 && block.lanes == kLanes;
+  const std::uint32_t present = first_lanes(block.lanes);
+  const __m256i lanes0 = spread_set(present), lanes1 = spread_set(present >> 8);
+  const __m256i lanes2 = spread_set(present >> 16), lanes3 = spread_set(present >> 24);
+  std::uint32_t missing[kLanes];
+  std::copy(block.state + block.lanes, block.state + kLanes, missing);
+  const std::uint64_t row_size = row_bytes(block.lanes);
   std::uint64_t token = 0;
-  for (; token < tokens; ++token, low += row_bytes(kLanes)) {
+  for (; token < tokens; ++token, low += row_size) {
     if (from.end - words < kWordReach || from.end - low < kRowReach) break;
-    const __m256i entry0 = step_lanes(state0, table0, entries, words);
-    const __m256i entry1 = step_lanes(state1, table1, entries, words);
-    const __m256i entry2 = step_lanes(state2, table2, entries, words);
-    const __m256i entry3 = step_lanes(state3, table3, entries, words);
+    const __m256i entry0 = step_lanes(state0, table0, lanes0, entries, words);
+    const __m256i entry1 = step_lanes(state1, table1, lanes1, entries, words);
+    const __m256i entry2 = step_lanes(state2, table2, lanes2, entries, words);
+    const __m256i entry3 = step_lanes(state3, table3, lanes3, entries, words);
     const __m256i value0 = assemble(entry0, entry1, base0, unpack_low(low));
     const __m256i value1 = assemble(entry2, entry3, base1, unpack_low(low + 12));
     std::uint16_t* to = out + static_cast<std::int64_t>(token) * token_stride;
@@ -110,12 +123,14 @@ KVS_AVX2 std::uint64_t decode_rows_avx2(StreamReader& from, LaneBlock& block, co
     const auto mask = [](__m256i entry) KVS_AVX2 {
       return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(entry)));
     };
-    const std::uint32_t lanes = mask(entry0) | mask(entry1) << 8 | mask(entry2) << 16 | mask(entry3) << 24;
+    const std::uint32_t lanes =
+        (mask(entry0) | mask(entry1) << 8 | mask(entry2) << 16 | mask(entry3) << 24) & present;
     from.exhausted = !take_escapes(from, lanes, row);
     if (from.exhausted) break;
     scatter_row(row, runs, to);
   }
   states[0] = state0, states[1] = state1, states[2] = state2, states[3] = state3;
+  std::copy(missing, missing + kLanes - block.lanes, block.state + block.lanes);
   from.words = words;
   return token;
 }

@@ -1,5 +1,7 @@
-// Coding the rows of a block, last token first: what the portable and the AVX2 loop share.
+// Coding the rows of a block, last token first: what the portable, the AVX2 and the AVX-512 loop share.
 #pragma once
+
+#include <bit>
 
 #include "../rans.h"
 #include "head_stream.h"
@@ -11,7 +13,10 @@ using PushTable = Push[kSymbols];
 // Sixteen tables of encoder symbols.
 const PushTable* push_tables();
 
-// Written from the back to the front. There are 16 bytes of room before the first word, for wide stores.
+inline constexpr std::size_t kWriteRoom = 64;
+
+// Written from the back to the front. There are kWriteRoom bytes of room before the first word, for wide
+// stores.
 struct StreamWriter {
   std::uint8_t* words;
   std::uint8_t* escapes;
@@ -26,12 +31,46 @@ struct LaneValues {
   const std::uint16_t* values;
 };
 
-// Both code one block's token rows [0, tokens), from the last to the first.
+// All code one block's token rows [0, tokens), from the last to the first.
 void encode_rows_portable(StreamWriter& to, LaneValues& block, std::uint64_t tokens);
 void encode_rows_avx2(StreamWriter& to, LaneValues& block, std::uint64_t tokens);
+void encode_rows_avx512(StreamWriter& to, LaneValues& block, std::uint64_t tokens);
 
-// One row, one lane at a time, from the last to the first: the whole of the portable loop, and the fast
-// loop's way through rows with escapes.
+// Writes the low bits of token rows [0, tokens) of a block of 32 lanes.
+void write_rows_avx2(std::uint8_t* to, const std::uint16_t* values, std::uint64_t tokens);
+
+// Rows whose symbols are looked up before the first of them is pushed, so that no load waits for a store. The
+// look-up is one load for each lane: no slower than gather instructions where those are fast, and much faster
+// where they are not.
+struct RowBatch {
+  static constexpr std::uint32_t kRows = 8;
+  alignas(64) std::uint16_t index[kRows][kLanes];  // in push_tables()
+  alignas(64) Push found[kRows][kLanes];
+  std::uint32_t far[kRows];  // lanes whose step is an escape's or beyond
+
+  void look_up(std::uint32_t rows) {
+    const Push* pushes = push_tables()[0];
+    for (std::uint32_t i = 0; i < rows; ++i) {
+      for (std::uint32_t lane = 0; lane < kLanes; ++lane) found[i][lane] = pushes[index[i][lane]];
+    }
+  }
+};
+
+// Makes the symbols of the set `lanes` of a row escapes.
+inline void escape_lanes(StreamWriter& to, const LaneValues& block, const std::uint16_t* row,
+                         std::uint32_t lanes, Push* symbols) {
+  while (lanes != 0) {
+    const auto lane = static_cast<std::uint32_t>(std::bit_width(lanes) - 1);
+    const std::uint32_t value = row[lane];
+    const std::uint32_t sign = (value ^ block.base[lane]) >> 15;
+    const std::uint32_t step = kEscapeStep + (~value >> kLowBits & 1);
+    symbols[lane] = push_tables()[0][block.table[lane] + sign * 32 + step];
+    *--to.escapes = static_cast<std::uint8_t>(value >> 7);
+    lanes ^= 1u << lane;
+  }
+}
+
+// One row, one lane at a time, from the last to the first: the whole of the portable loop.
 inline void encode_row(StreamWriter& to, LaneValues& block, const std::uint16_t* row) {
   const Push* pushes = push_tables()[0];
   for (std::uint32_t lane = block.lanes; lane-- > 0;) {

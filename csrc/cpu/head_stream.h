@@ -33,6 +33,14 @@ struct HeadShape {
   std::uint32_t states() const { return lanes(0); }
 };
 
+// Blocks with fewer lanes are not worth the fast loops, which take as long for one lane as for all.
+inline constexpr std::uint32_t kFewLanes = 6;
+
+// The set of the first `lanes` lanes.
+constexpr std::uint32_t first_lanes(std::uint32_t lanes) {
+  return static_cast<std::uint32_t>((1ull << lanes) - 1);
+}
+
 constexpr std::uint64_t row_bytes(std::uint64_t lanes) { return (lanes * kLowBits + 7) / 8; }
 
 // Offsets of the parts of a coded stream of `words` words and `escapes` escape bytes, in bytes from its
@@ -65,6 +73,17 @@ struct Run {
   std::uint32_t lane, lanes;
   std::int64_t offset;
 };
+
+// Most runs are a whole row or 8 values: copies of a constant length need no call.
+inline void copy_run(std::uint16_t* to, const std::uint16_t* from, std::uint32_t lanes) {
+  if (lanes == kLanes) {
+    std::memcpy(to, from, 2 * kLanes);
+  } else if (lanes == 8) {
+    std::memcpy(to, from, 16);
+  } else {
+    std::memcpy(to, from, 2ull * lanes);
+  }
+}
 
 struct BlockRuns {
   Run runs[kLanes];

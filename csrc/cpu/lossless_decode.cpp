@@ -83,10 +83,11 @@ Fault decode_coded(Bytes stream, const HeadShape& shape, const HeadView& out, Im
     read_classes(classes, block, start[1], top_bits);
     const BlockRuns runs = find_runs(out, index, block.lanes);
     std::uint64_t done = 0;
-    if (how == Implementation::kAvx2 && block.lanes == kLanes) {
-      done = decode_rows_avx2(from, block, runs, shape.tokens, out.data, out.token_stride);
-      if (from.exhausted) return Fault::kBadPayload;
+    if (how != Implementation::kPortable && block.lanes >= kFewLanes) {
+      const auto fast = how == Implementation::kAvx2 ? decode_rows_avx2 : decode_rows_avx512;
+      done = fast(from, block, runs, shape.tokens, out.data, out.token_stride);
     }
+    if (from.exhausted) return Fault::kBadPayload;
     const Fault fault =
         decode_rows_portable(from, block, runs, done, shape.tokens, out.data, out.token_stride);
     if (fault != Fault::kNone) return fault;

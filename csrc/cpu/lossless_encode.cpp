@@ -45,75 +45,100 @@ void append_raw(const HeadView& view, std::vector<std::uint8_t>& payload) {
   }
 }
 
+constexpr auto code_rows(Implementation how, std::uint32_t lanes) {
+  if (how == Implementation::kPortable || lanes < kFewLanes) return encode_rows_portable;
+  return how == Implementation::kAvx2 ? encode_rows_avx2 : encode_rows_avx512;
+}
+
 // Scratch of one head, used again for the next.
 class HeadCoder {
  public:
   HeadCoder(const HeadView& view, Implementation how)
       : shape_{static_cast<std::uint64_t>(view.planes()) * view.dim, view.tokens},
         how_(how),
-        values_(new std::uint16_t[shape_.blocks() * shape_.tokens * kLanes]),
+        values_(new std::uint16_t[shape_.tokens * kLanes]),
         classes_(shape_.components),
-        words_(new std::uint8_t[kRoom + 2 * shape_.values()]),
-        words_end_(words_.get() + kRoom + 2 * shape_.values()),
+        rows_(new std::uint8_t[shape_.blocks() * shape_.tokens * row_bytes(kLanes)]),
+        words_(new std::uint8_t[kWriteRoom + 2 * shape_.values()]),
+        words_end_(words_.get() + kWriteRoom + 2 * shape_.values()),
         escapes_(new std::uint8_t[shape_.values()]),
         escapes_end_(escapes_.get() + shape_.values()) {}
 
   // Appends the stream of one head to `payload`.
   void append(const HeadView& view, std::vector<std::uint8_t>& payload) {
-    pack(view);
-    choose();
-    code();
+    code(view);
+    find_tops();
     assemble(view, payload);
   }
 
  private:
-  static constexpr std::size_t kRoom = 16;  // for a wide store before the first word
-
-  std::uint16_t* block_values(std::uint64_t block) { return values_.get() + block * shape_.tokens * kLanes; }
-
-  void pack(const HeadView& view) {
-    for (std::uint64_t block = 0; block < shape_.blocks(); ++block) {
-      const BlockRuns runs = find_runs(view, block, shape_.lanes(block));
-      std::uint16_t* row = block_values(block);
-      if (shape_.lanes(block) < kLanes) std::fill_n(row, shape_.tokens * kLanes, std::uint16_t{0});
-      for (std::uint64_t token = 0; token < shape_.tokens; ++token, row += kLanes) {
-        const std::uint16_t* from = view.data + static_cast<std::int64_t>(token) * view.token_stride;
-        for (std::uint32_t i = 0; i < runs.count; ++i) {
-          std::memcpy(row + runs.runs[i].lane, from + runs.runs[i].offset, 2 * runs.runs[i].lanes);
-        }
-      }
-    }
-  }
-
-  void choose() {
-    for (std::uint64_t block = 0; block < shape_.blocks(); ++block) {
-      choose_classes(block_values(block), shape_.lanes(block), shape_.tokens, &classes_[block * kLanes]);
-    }
-    const auto [least, most] = std::minmax_element(
-        classes_.begin(), classes_.end(), [](const Class& a, const Class& b) { return a.top < b.top; });
-    top_min_ = least->top;
-    top_bits_ = static_cast<unsigned>(std::bit_width(most->top - top_min_));
-  }
-
-  void code() {
+  // Coding goes from the last block to the first; each is done while it lies in the nearest cache.
+  void code(const HeadView& view) {
     StreamWriter to{words_end_, escapes_end_};
     std::fill_n(block_.state, kLanes, kStateMin);
     for (std::uint64_t block = shape_.blocks(); block-- > 0;) {
       block_.lanes = shape_.lanes(block);
-      block_.values = block_values(block);
+      block_.values = values_.get();
+      pack(view, block);
+      Class* chosen = &classes_[block * kLanes];
+      choose_classes(values_.get(), block_.lanes, shape_.tokens, chosen);
       for (std::uint32_t lane = 0; lane < block_.lanes; ++lane) {
-        const Class& found = classes_[block * kLanes + lane];
-        block_.table[lane] = found.table * kSymbols;
-        block_.base[lane] = class_base(found.top, found.flip);
+        block_.table[lane] = chosen[lane].table * kSymbols;
+        block_.base[lane] = class_base(chosen[lane].top, chosen[lane].flip);
       }
-      if (how_ == Implementation::kAvx2 && block_.lanes == kLanes) {
-        encode_rows_avx2(to, block_, shape_.tokens);
-      } else {
-        encode_rows_portable(to, block_, shape_.tokens);
-      }
+      code_rows(how_, block_.lanes)(to, block_, shape_.tokens);
+      write_rows(rows_.get() + block * shape_.tokens * row_bytes(kLanes));
     }
     word_bytes_ = static_cast<std::size_t>(words_end_ - to.words);
     escape_bytes_ = static_cast<std::size_t>(escapes_end_ - to.escapes);
+  }
+
+  void pack(const HeadView& view, std::uint64_t block) {
+    const BlockRuns runs = find_runs(view, block, block_.lanes);
+    std::uint16_t* row = values_.get();
+    if (block_.lanes < kLanes) std::fill_n(row, shape_.tokens * kLanes, std::uint16_t{0});
+    const std::uint16_t* from = view.data;
+    for (std::uint64_t token = 0; token < shape_.tokens; ++token, row += kLanes, from += view.token_stride) {
+      for (std::uint32_t i = 0; i < runs.count; ++i) {
+        const Run& run = runs.runs[i];
+        copy_run(row + run.lane, from + run.offset, run.lanes);
+      }
+    }
+  }
+
+  void write_rows(std::uint8_t* to) const {
+    if (how_ != Implementation::kPortable && block_.lanes == kLanes) {
+      return write_rows_avx2(to, values_.get(), shape_.tokens);
+    }
+    const std::uint16_t* row = values_.get();
+    for (const std::uint16_t* end = row + shape_.tokens * kLanes; row != end; row += kLanes) {
+      to = block_.lanes == kLanes ? write_full_row(to, row) : write_row(to, row, block_.lanes);
+    }
+  }
+
+  // Eight values are six bytes.
+  static std::uint8_t* write_full_row(std::uint8_t* to, const std::uint16_t* row) {
+    for (const std::uint16_t* end = row + kLanes; row != end; row += 8, to += 6) {
+      std::uint64_t packed = 0;
+      for (unsigned lane = 0; lane < 8; ++lane)
+        packed |= static_cast<std::uint64_t>(row[lane] & 63) << lane * kLowBits;
+      store(to, static_cast<std::uint32_t>(packed));
+      store(to + 4, static_cast<std::uint16_t>(packed >> 32));
+    }
+    return to;
+  }
+
+  static std::uint8_t* write_row(std::uint8_t* to, const std::uint16_t* row, std::uint32_t lanes) {
+    BitWriter low(to);
+    for (std::uint32_t lane = 0; lane < lanes; ++lane) low.put(row[lane] & 63u, kLowBits);
+    return low.finish();
+  }
+
+  void find_tops() {
+    const auto [least, most] = std::minmax_element(
+        classes_.begin(), classes_.end(), [](const Class& a, const Class& b) { return a.top < b.top; });
+    top_min_ = least->top;
+    top_bits_ = static_cast<unsigned>(std::bit_width(most->top - top_min_));
   }
 
   void assemble(const HeadView& view, std::vector<std::uint8_t>& payload) {
@@ -129,36 +154,9 @@ class HeadCoder {
     store(to + 8, static_cast<std::uint32_t>(escape_bytes_));
     std::memcpy(to + parts.states, block_.state, 4 * shape_.states());
     std::memcpy(to + parts.words, words_end_ - word_bytes_, word_bytes_);
-    write_rows(to + parts.rows);
+    std::memcpy(to + parts.rows, rows_.get(), parts.classes - parts.rows);
     write_classes(to + parts.classes);
     std::memcpy(to + parts.escapes, escapes_end_ - escape_bytes_, escape_bytes_);
-  }
-
-  void write_rows(std::uint8_t* to) {
-    for (std::uint64_t block = 0; block < shape_.blocks(); ++block) {
-      const std::uint16_t* row = block_values(block);
-      const std::uint32_t lanes = shape_.lanes(block);
-      for (std::uint64_t token = 0; token < shape_.tokens; ++token, row += kLanes) {
-        to = lanes == kLanes ? write_full_row(to, row) : write_row(to, row, lanes);
-      }
-    }
-  }
-
-  // Eight values are six bytes; the two bytes more that are stored are overwritten by what follows.
-  static std::uint8_t* write_full_row(std::uint8_t* to, const std::uint16_t* row) {
-    for (const std::uint16_t* end = row + kLanes; row != end; row += 8, to += 6) {
-      std::uint64_t packed = 0;
-      for (unsigned lane = 0; lane < 8; ++lane)
-        packed |= static_cast<std::uint64_t>(row[lane] & 63) << lane * kLowBits;
-      store(to, packed);
-    }
-    return to;
-  }
-
-  static std::uint8_t* write_row(std::uint8_t* to, const std::uint16_t* row, std::uint32_t lanes) {
-    BitWriter low(to);
-    for (std::uint32_t lane = 0; lane < lanes; ++lane) low.put(row[lane] & 63u, kLowBits);
-    return low.finish();
   }
 
   void write_classes(std::uint8_t* to) {
@@ -172,8 +170,9 @@ class HeadCoder {
 
   HeadShape shape_;
   Implementation how_;
-  std::unique_ptr<std::uint16_t[]> values_;
+  std::unique_ptr<std::uint16_t[]> values_;  // of one block, [token][32 lanes]
   std::vector<Class> classes_;
+  std::unique_ptr<std::uint8_t[]> rows_;
   std::unique_ptr<std::uint8_t[]> words_;
   std::uint8_t* words_end_;
   std::unique_ptr<std::uint8_t[]> escapes_;

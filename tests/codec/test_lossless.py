@@ -45,6 +45,16 @@ def test_a_range_of_heads_decodes_alone_to_the_slice(values: Bits, data: st.Data
         np.testing.assert_array_equal(out, values[:, :, :, begin:end])
 
 
+@pytest.mark.parametrize("lanes", range(1, 34))
+def test_a_block_of_any_number_of_lanes_is_coded_alike_by_every_implementation(lanes: int) -> None:
+    values = draw_normal(RNG, (1, 1, 70, 2, lanes))
+    values[0, 0, ::9, :, lanes // 2] = 0x7F80  # an escape
+    payloads = {codec.encode(values) for codec in CODECS}
+    assert len(payloads) == 1
+    for codec in CODECS:
+        np.testing.assert_array_equal(decode(codec, next(iter(payloads)), values.shape), values)
+
+
 def test_strided_input_gives_the_bytes_of_its_contiguous_copy() -> None:
     whole = draw_normal(RNG, (6, 2, 80, 4, 32))
     part = whole[1:5, :, 16:48]
