@@ -50,7 +50,21 @@ def warm(
     store: options.Store = None,
     endpoint_url: options.Endpoint = None,
     region: options.Region = None,
-    profile: Annotated[str, typer.Option(help="Quality; only 'lossless' exists.")] = "lossless",
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="lossless (the default), near-lossless, balanced, small, cachegen; see the setting profile.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Learn a calibration from these documents first, where a lossy profile lacks one (default: ask).",
+            show_default=False,
+        ),
+    ] = None,
     prefix_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="System prompt in front of every document.")
     ] = None,
@@ -82,14 +96,15 @@ def warm(
     def work() -> Report:
         from kvstore_s3.cli.warm import WarmOptions, warm_documents
 
+        options.check_profile(profile)
         settings = options.read_settings(
-            store=store, endpoint_url=endpoint_url, region=region, chunk_tokens=chunk_tokens
+            store=store, endpoint_url=endpoint_url, region=region, chunk_tokens=chunk_tokens, profile=profile
         )
         return warm_documents(
             WarmOptions(
                 documents=tuple(documents),
                 model=model,
-                profile=profile,
+                calibrate=calibrate,
                 prefix_file=prefix_file,
                 chat=chat,
                 chat_arguments=tuple(chat_argument or ()),
@@ -97,6 +112,84 @@ def warm(
                 dtype=dtype,
                 salt=salt,
                 dry_run=dry_run,
+            ),
+            settings,
+        )
+
+    return work
+
+
+@app.command(short_help="Learn how a model's KV is best coded, for lossy profiles.")
+def calibrate(
+    model: Annotated[str, typer.Option("--model", metavar="M", help="Model directory or hub id.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[DOCS]...", help="Text to learn from, as for warm; 32,768 tokens of it are enough."),
+    ] = None,
+    docs: Annotated[list[str] | None, typer.Option("--docs", metavar="D", help="The same as DOCS; repeatable.")] = None,
+    store: options.Store = None,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    span: Annotated[
+        str, typer.Option(metavar="S", help="Reach of the transform: channel, head, group (of layers) or all heads.")
+    ] = "group",
+    layer_group: Annotated[
+        int | None,
+        typer.Option(metavar="G", help="Layers of a group (default: so many that a transform has dimension 1,024)."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="NAME", help="What errors cost: fisher (by gradients) or gains (by noise).")
+    ] = "fisher",
+    kl_ratio: Annotated[
+        float, typer.Option(metavar="R", help="KL divergence of near-lossless, relative to that of fp8 KV.")
+    ] = 0.25,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to learn from.")] = 32768,
+    prefix_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="System prompt in front of every document.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Through the model's chat template.")] = False,
+    chat_argument: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable of the chat template; repeatable.")
+    ] = None,
+    jsonl_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field of a JSONL line; default text, else messages.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="KV dtype, such as bfloat16 (default: the model's own).")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens in a chunk; part of the cache's identity.")
+    ] = None,
+    json: options.Json = False,
+) -> Work:
+    """Learn from some documents how a model's KV is best coded, and store that for the lossy profiles.
+
+    Objects that are stored afterwards name this calibration. A new one replaces it; older objects stay readable.
+    """
+
+    def work() -> Report:
+        from kvstore_s3.cli.calibrate import CalibrateRequest, calibrate_documents
+        from kvstore_s3.cli.warm import WarmOptions, read_style
+
+        settings = options.read_settings(
+            store=store, endpoint_url=endpoint_url, region=region, chunk_tokens=chunk_tokens
+        )
+        return calibrate_documents(
+            CalibrateRequest(
+                documents=(*(documents or ()), *(docs or ())),
+                model=model,
+                span=span,
+                layer_group=layer_group,
+                metric=metric,
+                kl_ratio=kl_ratio,
+                max_tokens=max_tokens,
+                style=read_style(
+                    WarmOptions(
+                        (), model, prefix_file=prefix_file, chat=chat, chat_arguments=tuple(chat_argument or ())
+                    )
+                ),
+                jsonl_field=jsonl_field,
+                dtype=dtype,
             ),
             settings,
         )

@@ -29,6 +29,14 @@ def read_settings(**flags: Any) -> Settings:
     return load_settings(**flags)
 
 
+def check_profile(profile: str | None) -> None:
+    """Refuse a profile that does not exist, naming those that do. Raises `InvalidArgumentError`."""
+    if profile is not None:
+        from kvstore_s3.quality import find_quality
+
+        find_quality(profile)
+
+
 def require_store(settings: Settings) -> str:
     if settings.store is None:
         raise InvalidArgumentError(

@@ -14,6 +14,7 @@ from kvstore_s3.cli.options import require_store
 from kvstore_s3.cli.output import Report, count_noun, say
 from kvstore_s3.cli.progress import WorkProgress
 from kvstore_s3.cli.prompts import PromptStyle, check_template, writes_date
+from kvstore_s3.cli.warm_calibration import calibrate_first, check_calibrate_flag, wants_calibration
 from kvstore_s3.cli.warm_plan import Plan, PlannedDocument, Planner
 from kvstore_s3.cli.warm_report import WarmResult, report_warm
 from kvstore_s3.errors import InvalidArgumentError, StoreError
@@ -25,16 +26,15 @@ if TYPE_CHECKING:
     from kvstore_s3.connectors.transformers import PrefixCache
     from kvstore_s3.runtime import SyncKVStore
 
-PROFILES = ("lossless",)
-
 
 @dataclass(frozen=True, slots=True)
 class WarmOptions:
-    """The command line of warm, as it was given."""
+    """The command line of warm, as it was given; the profile is a setting."""
 
     documents: tuple[str, ...]
     model: str
-    profile: str = "lossless"
+    calibrate: bool | None = None
+    """Learn a calibration first where one is lacking: yes, no, or ask."""
     prefix_file: Path | None = None
     chat: bool = False
     chat_arguments: tuple[str, ...] = ()
@@ -48,8 +48,9 @@ def warm_documents(options: WarmOptions, settings: Settings) -> Report:
     """Store the KV of all documents. Cheap checks come first, so that a wrong flag costs no minutes."""
     start = time.monotonic()
     _check_names(options)
+    check_calibrate_flag(settings.profile, options)
     url = require_store(settings)
-    style = _read_style(options)
+    style = read_style(options)
     sources = find_sources(options.documents)
 
     from kvstore_s3.connectors import pretrained
@@ -68,7 +69,10 @@ def warm_documents(options: WarmOptions, settings: Settings) -> Report:
         plan = planner.plan(sources, options.jsonl_field)
         if not plan.documents:
             raise InvalidArgumentError(_nothing_usable(plan))
-        result = WarmResult(plan, namespace, store.kv.objects.url, options.dry_run)
+        result = WarmResult(plan, namespace, store.kv.objects.url, settings.profile, options.dry_run)
+        calibrate = bool(plan.missing_tokens) and wants_calibration(store, options, settings)
+        if calibrate:
+            calibrate_first(store, options, style, sources)
         if not options.dry_run:
             _store_plan(plan, store, options, result)
         result.seconds = time.monotonic() - start
@@ -103,6 +107,8 @@ def _compute(plan: Plan, cache: PrefixCache, salt: str | None, result: WarmResul
             saved = cache.warm(document.tokens[: document.whole], salt=salt, progress=counter.advance)
             result.chunks_new += saved.chunks_new
             result.bytes_new += saved.bytes
+            if saved.calibrated is not None:
+                result.calibrated = saved.calibrated and result.calibrated is not False
 
 
 class _Counter:
@@ -131,15 +137,13 @@ def _describe_namespace(store: SyncKVStore) -> None:
 
 
 def _check_names(options: WarmOptions) -> None:
-    if options.profile not in PROFILES:
-        raise InvalidArgumentError(f"unknown profile {options.profile!r}; only {', '.join(PROFILES)} exists")
     if options.dtype is not None and options.dtype not in DTYPES:
         raise InvalidArgumentError(f"unknown dtype {options.dtype!r}; use one of {', '.join(DTYPES)}")
     if options.chat_arguments and not options.chat:
         raise InvalidArgumentError("--chat-argument is for the chat template; add --chat")
 
 
-def _read_style(options: WarmOptions) -> PromptStyle:
+def read_style(options: WarmOptions) -> PromptStyle:
     prefix = read_text(options.prefix_file, "--prefix-file") if options.prefix_file else ""
     if options.prefix_file and not prefix.strip():
         raise InvalidArgumentError(f"--prefix-file {str(options.prefix_file)!r} is empty; give it text or leave it out")

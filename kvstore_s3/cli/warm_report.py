@@ -10,6 +10,7 @@ from kvstore_s3.cli import exits
 from kvstore_s3.cli.output import Report, count_noun, format_bytes, format_seconds
 from kvstore_s3.cli.warm_plan import Plan
 from kvstore_s3.namespace import Namespace
+from kvstore_s3.quality import describe_quality
 
 
 @dataclass(slots=True)
@@ -19,12 +20,15 @@ class WarmResult:
     plan: Plan
     namespace: Namespace
     store: str
+    profile: str
     dry_run: bool
     tokens_computed: int = 0
     chunks_new: int = 0
     bytes_new: int = 0
     seconds: float = 0.0
     compute_seconds: float = 0.0
+    calibrated: bool | None = None
+    """Whether what is new was coded with a calibration; None where the profile has none, or nothing is new."""
 
     @property
     def raw_new(self) -> int:
@@ -59,7 +63,8 @@ def _collect(result: WarmResult) -> dict[str, Any]:
         "model": namespace.model,
         "dtype": namespace.layout.dtype,
         "chunk_tokens": namespace.chunk_tokens,
-        "profile": "lossless",
+        "profile": result.profile,
+        "calibrated": result.calibrated,
         "dry_run": result.dry_run,
         "documents": [
             {"name": planned.name, "tokens": planned.shared, "whole": planned.whole, "stored_before": planned.stored}
@@ -85,6 +90,8 @@ def _describe(result: WarmResult) -> Iterator[str]:
     plan = result.plan
     tokens = sum(planned.shared for planned in plan.documents)
     yield f"namespace  {result.namespace.hex[:16]}  {result.namespace.model}, {result.namespace.layout.dtype}"
+    if result.profile != "lossless":
+        yield f"profile    {describe_quality(result.profile, result.calibrated)}"
     yield f"documents  {len(plan.documents):,}, {count_noun(tokens, 'token')}"
     if result.dry_run:
         missing = len(plan.chunks - plan.present)

@@ -35,7 +35,8 @@ def edit_config(model: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--profile", "small"], ["unknown profile 'small'", "lossless"]),
+        (["--profile", "smal"], ["unknown profile 'smal'", "lossless, near-lossless, balanced, small, cachegen"]),
+        (["--calibrate"], ["--calibrate: profile 'lossless' uses no calibration", "balanced"]),
         (["--dtype", "int4"], ["unknown dtype 'int4'", "bfloat16"]),
         (["--dtype", "float8_e4m3fn"], ["cannot be computed here", "float16"]),
         (["--chunk-tokens", "100"], ["chunk_tokens", "multiple of 16", "100"]),
