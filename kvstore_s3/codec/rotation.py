@@ -100,7 +100,8 @@ def _llama3(rope: Mapping[str, Any], dim: int) -> Frequencies:
         raise InvalidArgumentError(f"RoPE type llama3: high_freq_factor {high} must be above low_freq_factor {low}")
     turns = _positive(rope, "original_max_position_embeddings") * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * frequencies / factor + kept * frequencies
+    blended: Frequencies = (1 - kept) * frequencies / factor + kept * frequencies
+    return blended
 
 
 def _yarn(rope: Mapping[str, Any], dim: int) -> Frequencies:
@@ -119,7 +120,8 @@ def _yarn(rope: Mapping[str, Any], dim: int) -> Frequencies:
     low, high = max(low, 0), min(high, dim - 1)
     stretched = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     frequencies = _default(rope, dim)
-    return stretched * frequencies / _positive(rope, "factor") + (1 - stretched) * frequencies
+    blended: Frequencies = stretched * frequencies / _positive(rope, "factor") + (1 - stretched) * frequencies
+    return blended
 
 
 _FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

@@ -20,7 +20,6 @@ from kvstore_s3.codec.calibration import SPANS, Calibration
 from kvstore_s3.codec.registry import codec_for, encode_section
 from kvstore_s3.codec.rotation import STYLES, Rotation
 from kvstore_s3.codec.scalable_stream import (
-    Bytes,
     Coded,
     RawStream,
     StreamShape,
@@ -182,7 +181,10 @@ def _encode_stream(values: Bits, dtype: str, one: StreamMap, first_position: int
         view, DTYPES[dtype].id, x, one.mean, cos, sin, one.rotation.style_id, one.rotation.rotated
     ).astype(bool)
     exact[0] |= first_position == 0
-    fitted = one if one.calibrated else fit_uncalibrated(one, x, exact)
+    fitted = one
+    if not one.calibrated:
+        fitted, exact = fit_uncalibrated(one, x, exact)
+    x[exact] = 0
     y = fitted.analyse(x)
     exact |= ~(np.abs(y).max(axis=1) < fitted.largest)
     originals = _by_token(view)
@@ -263,7 +265,7 @@ def _decode_stream(
         out[:] = _from_tokens(parsed.values, out.shape)
         return
     side, coded = parsed
-    words: list[Bytes] = [*coded.words, *map(parse_refinement, parts[1:])]
+    words = [memoryview(coded.words[0]), *map(parse_refinement, parts[1:])]
     y = np.empty((tokens, one.components), np.float32)
     used = one if side.steps is None or side.means is None else one.with_steps(side.steps, side.means)
     classes = used.classes if side.classes is None else side.classes

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 
-Bytes = bytes | bytearray | memoryview
+Bytes = bytes | memoryview
 Classes = npt.NDArray[np.uint8]
 
 MAX_COARSE = 3600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +20,9 @@ BASE_STEP = 9
 
 UNCALIBRATED_STEP = {"K": 0.10, "V": 0.14}
 """Finest step over the deviation of a layer's K or V within one head and chunk, in uncalibrated mode."""
+
+_OUTLIER_DEVIATIONS, _OUTLIER_ROUNDS = 24.0, 4
+"""Uncalibrated: tokens this many deviations from the mean are kept exact, looked for again without those found."""
 
 _ADAPT_BITS = 64
 """Classes are given in a stream where that saves more than a byte for each, and these bits."""
@@ -60,10 +64,12 @@ class StreamMap:
         if self.unit is None:
             assert self.scale is not None
             assert self.means is not None
-            return np.ascontiguousarray(x / self.scale - BASE_STEP * self.means.astype(np.float32))
+            with np.errstate(over="ignore"):  # far outliers become exact tokens
+                return np.ascontiguousarray(x / self.scale - BASE_STEP * self.means.astype(np.float32))
         matrix = self.unit.encode_matrix
         if matrix.ndim == 1:
-            return np.ascontiguousarray(x * matrix.numpy())
+            with np.errstate(over="ignore"):
+                return np.ascontiguousarray(x * matrix.numpy())
         values = torch.from_numpy(x)
         if matrix.ndim == 3:
             blocks = values.view(len(x), matrix.shape[0], matrix.shape[2]).transpose(0, 1)
@@ -148,16 +154,32 @@ def uncalibrated_map(rotation: Rotation, layers: int, dim: int, head: int, token
     )
 
 
-def fit_uncalibrated(one: StreamMap, x: Floats, exact: npt.NDArray[np.bool_]) -> StreamMap:
-    """Steps from the deviation of each layer's K and V, means in base steps, over the tokens that are not exact."""
-    kept = x[~exact].astype(np.float64) if not exact.all() else np.zeros((1, one.numbers))
-    center = kept.mean(axis=0)
-    deviation = np.sqrt(((kept - center) ** 2).reshape(len(kept), one.step_count, -1).mean(axis=(0, 2)))
+def fit_uncalibrated(
+    one: StreamMap, x: Floats, exact: npt.NDArray[np.bool_]
+) -> tuple[StreamMap, npt.NDArray[np.bool_]]:
+    """Steps from the deviation of each layer's K and V, means in base steps; also which tokens are to be exact.
+
+    These are `exact` and outliers, which would coarsen the step for all others.
+    """
+    kept = ~exact
+    center, deviation = np.zeros(one.numbers), np.zeros(one.step_count)
+    for _ in range(_OUTLIER_ROUNDS):
+        if not kept.any():
+            break
+        values = x[kept].astype(np.float64)
+        center = values.mean(axis=0)
+        away = np.abs(values - center).reshape(len(values), one.step_count, -1)
+        deviation = np.sqrt((away**2).mean(axis=(0, 2)))
+        limit = min(_OUTLIER_DEVIATIONS, 0.5 * math.sqrt(len(values) * away.shape[2]))
+        far = (away.max(axis=2) > np.maximum(limit, 4) * deviation).any(axis=1)
+        if not far.any():
+            break
+        kept[np.flatnonzero(kept)[far]] = False
     ratio = np.tile([UNCALIBRATED_STEP["K"], UNCALIBRATED_STEP["V"]], one.step_count // 2)
     steps = np.clip(np.where(deviation > 0, deviation * ratio, 1.0), 1e-30, 1e30).astype(np.float32)
     scale = np.repeat(steps.astype(np.float64), one.numbers // one.step_count)
     means = np.clip(np.rint(center / (BASE_STEP * scale)), -127, 127).astype(np.int8)
-    return replace(one.with_steps(steps, means), mean=None)
+    return replace(one.with_steps(steps, means), mean=None), ~kept
 
 
 def _worth_giving(static: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8], tables: TableSet, tokens: int) -> bool:
