@@ -40,16 +40,22 @@ struct Ternary {
   std::int32_t u;
 };
 
+// All bits where `condition` is 1: choosing with them is no branch, and which symbol comes cannot be
+// predicted.
+KVS_HOST_DEVICE std::uint32_t mask_of(std::uint32_t condition) { return 0 - condition; }
+
 KVS_HOST_DEVICE Ternary find_ternary(std::uint32_t slot, std::uint32_t thresholds) {
   const std::uint32_t c1 = thresholds & 0xFFFF, c2 = thresholds >> 16;
-  const std::uint32_t start = slot < c1 ? 0 : slot < c2 ? c1 : c2;
-  const std::uint32_t end = slot < c1 ? c1 : slot < c2 ? c2 : kSlots;
-  return {(end - start) | (slot - start) << 12, (slot >= c1) + (slot >= c2) - 1};
+  const std::uint32_t from_c1 = slot >= c1, from_c2 = slot >= c2;
+  const std::uint32_t start = (c1 & mask_of(from_c1)) + ((c2 - c1) & mask_of(from_c2));
+  const std::uint32_t end = c1 + ((c2 - c1) & mask_of(from_c1)) + ((kSlots - c2) & mask_of(from_c2));
+  return {(end - start) | (slot - start) << 12, static_cast<std::int32_t>(from_c1 + from_c2) - 1};
 }
 
 // u says "further from zero" with 1, r "more": they differ in sign where the coarser number is negative.
 KVS_HOST_DEVICE std::int32_t refine_number(std::int32_t coarse, std::int32_t u) {
-  return 3 * coarse + (coarse < 0 ? -u : u);
+  const std::int32_t sign = coarse >> 31;  // 0 or -1
+  return 3 * coarse + ((u ^ sign) - sign);
 }
 
 // The nearest integer of number / 3, -32402 to 32404: which has no ties. Unsigned, because division rounds
@@ -61,14 +67,15 @@ KVS_HOST_DEVICE std::int32_t coarsen_number(std::int32_t number) {
 // The symbol 0 to 2 (u + 1) that makes `fine` of `coarse`.
 KVS_HOST_DEVICE std::uint32_t ternary_symbol(std::int32_t coarse, std::int32_t fine) {
   const std::int32_t r = fine - 3 * coarse;
-  return static_cast<std::uint32_t>((coarse < 0 ? -r : r) + 1);
+  const std::int32_t sign = coarse >> 31;
+  return static_cast<std::uint32_t>(((r ^ sign) - sign) + 1);
 }
 
-// Reconstruction: `scale` is 9, 3 or 1.
+// Reconstruction: `scale` is 9, 3 or 1. 0 stays 0: there is nothing to choose, so that loops of it are
+// vectors.
 KVS_HOST_DEVICE float reconstruct(std::int32_t number, float shift, float scale) {
-  const float magnitude_less = number < 0 ? -shift : shift;
-  const float value = (static_cast<float>(number) - magnitude_less) * scale;
-  return number == 0 ? 0.0f : value;
+  const std::int32_t sign = (number > 0) - (number < 0);
+  return (static_cast<float>(number) - static_cast<float>(sign) * shift) * scale;
 }
 
 }  // namespace kvs

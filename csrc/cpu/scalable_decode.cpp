@@ -87,7 +87,7 @@ class StreamDecoder {
       }
       BaseRows* fast = nullptr;
       if (how_ == Implementation::kAvx512) fast = decode_base_avx512;
-      if (how_ == Implementation::kAvx2 && block.lanes == kLanes) fast = decode_base_avx2;
+      if (how_ == Implementation::kAvx2) fast = decode_base_avx2;
       if (!decode_rows(from, block, fast, decode_base_portable)) return false;
     }
     return true;
@@ -105,7 +105,7 @@ class StreamDecoder {
       }
       RefineRows* fast = nullptr;
       if (how_ == Implementation::kAvx512) fast = decode_refine_avx512;
-      if (how_ == Implementation::kAvx2 && block.lanes == kLanes) fast = decode_refine_avx2;
+      if (how_ == Implementation::kAvx2) fast = decode_refine_avx2;
       if (!decode_rows(from, block, fast, decode_refine_portable)) return false;
     }
     return true;

@@ -80,7 +80,7 @@ struct RefineBlock {
 
 // All decode token rows from `begin` on, at most to `tokens`, and answer the row where they stopped: at
 // `tokens`; where `failed` is set; or, the fast ones, where `next` passed `wide`. If that was the padded end,
-// words ran out. The portable loops take any number of lanes, AVX2 whole blocks alone.
+// words ran out.
 using BaseRows = std::uint64_t(LevelSource&, LaneStates&, const BaseBlock&, std::uint64_t begin,
                                std::uint64_t tokens);
 using RefineRows = std::uint64_t(LevelSource&, LaneStates&, const RefineBlock&, std::uint64_t begin,

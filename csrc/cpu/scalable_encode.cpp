@@ -89,10 +89,9 @@ class StreamEncoder {
       for (std::uint32_t lane = 0; lane < block.lanes; ++lane) {
         block.table[lane] = tables_.base_pushes_of(class_of(index, lane));
       }
-      const bool whole = block.lanes == kLanes;
       PushBase* rows = encode_base_portable;
       if (how_ == Implementation::kAvx512) rows = encode_base_avx512;
-      if (how_ == Implementation::kAvx2 && whole) rows = encode_base_avx2;
+      if (how_ == Implementation::kAvx2) rows = encode_base_avx2;
       rows(to, states_, block, tokens_);
     }
     escapes.assign(to.escapes, buffer.get() + room);
@@ -111,10 +110,9 @@ class StreamEncoder {
           block.thresholds[context][lane] = tables_.thresholds(level, k, context);
         }
       }
-      const bool whole = block.lanes == kLanes;
       PushRefine* rows = encode_refine_portable;
       if (how_ == Implementation::kAvx512) rows = encode_refine_avx512;
-      if (how_ == Implementation::kAvx2 && whole) rows = encode_refine_avx2;
+      if (how_ == Implementation::kAvx2) rows = encode_refine_avx2;
       rows(to, states_, block, tokens_);
     }
   }

@@ -49,8 +49,8 @@ struct RefinePushes {
   const std::int16_t* numbers;
 };
 
-// All code one block's token rows [0, tokens), from the last to the first, any number of lanes (AVX2: whole
-// blocks alone).
+// All code one block's token rows [0, tokens), from the last to the first, any number of lanes.
+
 using PushBase = void(LevelSink&, PushStates&, const BasePushes&, std::uint64_t tokens);
 using PushRefine = void(LevelSink&, PushStates&, const RefinePushes&, std::uint64_t tokens);
 
