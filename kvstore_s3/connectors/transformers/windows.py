@@ -73,7 +73,7 @@ def plan_windows(
             f"too little text to calibrate with: {found:,} usable tokens, at least {needed:,} are needed; "
             "give more documents"
         )
-    return _split(_thin(windows, max_tokens), short)
+    return _split(_thin(windows, max_tokens, short), short)
 
 
 def _limit_context(chunk_tokens: int, context_tokens: int | None) -> int:
@@ -110,11 +110,20 @@ def _cut(documents: Iterable[Sequence[int]], prefix: tuple[int, ...], short: int
     return windows
 
 
-def _thin(windows: list[Window], max_tokens: int) -> list[Window]:
+def _thin(windows: list[Window], max_tokens: int, short: int) -> list[Window]:
+    """Leave windows out evenly; where few may stay, the long ones go first."""
     total = sum(len(window.tokens) for window in windows)
-    share = min(1.0, max_tokens / total)
-    kept = [window for place, window in enumerate(windows) if int((place + 1) * share) > int(place * share)]
-    return kept if len(kept) >= FEWEST else windows[:FEWEST]
+    if total <= max_tokens:
+        return windows
+    kept = _pick(windows, len(windows) * max_tokens // total)
+    if len(kept) >= FEWEST:
+        return kept
+    small = [window for window in windows if window.context == short]
+    return _pick(small if len(small) >= FEWEST else windows, FEWEST)
+
+
+def _pick(windows: list[Window], count: int) -> list[Window]:
+    return [windows[place * len(windows) // count] for place in range(count)]
 
 
 def _split(windows: list[Window], short: int) -> Sample:
