@@ -10,10 +10,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORE ?= file
 MODEL ?=
+FUZZ_SECONDS ?= 60
+FUZZ_CXX ?= clang++
+FUZZ_DIR := build/fuzz
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench clean
+.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench fuzz clean
 
 help: ## this list
 	@echo "kvstore_s3: persistent LLM KV caches on object stores"
@@ -63,6 +66,37 @@ minio-stop: venv ## stop the MinIO of `make minio`
 
 bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
 	@for bench in hashing codec_lossless load; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
+
+# The decoders and encoders as the fuzzers link them: everything but the bindings.
+FUZZ_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Wno-pass-failed \
+  -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZED := $(patsubst csrc/%.cpp,$(FUZZ_DIR)/%.o,$(filter-out csrc/bindings% csrc/fuzz/%,$(filter %.cpp,$(NATIVE))))
+
+fuzz: $(FUZZ_DIR)/.can-fuzz ## fuzz the native decoders under ASan and UBSan (clang, FUZZ_SECONDS=60 for each); findings stay in build/fuzz
+	@$(MAKE) --no-print-directory $(FUZZ_DIR)/write_seeds $(FUZZ_DIR)/fuzz_lossless $(FUZZ_DIR)/fuzz_scalable
+	@mkdir -p $(FUZZ_DIR)/corpus-lossless $(FUZZ_DIR)/corpus-scalable
+	@$(FUZZ_DIR)/write_seeds $(FUZZ_DIR)/corpus-lossless $(FUZZ_DIR)/corpus-scalable
+	@for name in lossless scalable; do
+		echo "== $$name, $(FUZZ_SECONDS) s"
+		$(FUZZ_DIR)/fuzz_$$name -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -timeout=20 -print_final_stats=1 \
+			-artifact_prefix=$(FUZZ_DIR)/finding-$$name- $(FUZZ_DIR)/corpus-$$name
+	done
+
+$(FUZZ_DIR)/.can-fuzz:
+	@mkdir -p $(FUZZ_DIR)
+	@echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' > $(FUZZ_DIR)/probe.cpp
+	@$(FUZZ_CXX) -fsanitize=fuzzer,address,undefined $(FUZZ_DIR)/probe.cpp -o $(FUZZ_DIR)/probe 2> $(FUZZ_DIR)/probe.log || { echo "make fuzz needs clang with its fuzzer runtime (Debian, Ubuntu: apt install clang; else say which: make fuzz FUZZ_CXX=clang++-18); see $(FUZZ_DIR)/probe.log"; exit 2; }
+	@touch $@
+
+$(FUZZED): $(FUZZ_DIR)/%.o: csrc/%.cpp $(filter %.h,$(NATIVE))
+	@mkdir -p $(@D)
+	@$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
+
+$(FUZZ_DIR)/fuzz_lossless $(FUZZ_DIR)/fuzz_scalable: $(FUZZ_DIR)/%: csrc/fuzz/%.cpp $(FUZZED)
+	@$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer $^ -o $@
+
+$(FUZZ_DIR)/write_seeds: csrc/fuzz/write_seeds.cpp $(FUZZED)
+	@$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $^ -o $@
 
 clean: ## remove what was built, but no stored data
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
