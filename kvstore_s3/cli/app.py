@@ -246,7 +246,10 @@ def check(
     store: options.Store = None,
     namespace: Namespace = None,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove what is damaged, so that the next warm stores it again.")
+        bool,
+        typer.Option(
+            "--delete", help="Remove what is damaged or cannot be decoded, so that the next warm stores it again."
+        ),
     ] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every section too.")] = False,
     endpoint_url: options.Endpoint = None,

@@ -210,9 +210,9 @@ def _note_damage(findings: Findings, key: str, reason: str) -> None:
 
 
 async def _delete_damaged(objects: ObjectStore, findings: Findings) -> None:
-    for damage in findings.damaged:
-        await objects.delete(damage.object)
-        findings.deleted.append(damage.object)
+    for key in [*(damage.object for damage in findings.damaged), *findings.lacking]:
+        await objects.delete(key)
+        findings.deleted.append(key)
 
 
 def _report(
@@ -247,7 +247,7 @@ def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float)
     ]
     lines += [f"damaged  {item.object}  {item.reason}" for item in findings.damaged]
     if findings.deleted:
-        lines.append(f"{count_noun(len(findings.deleted), 'damaged object')} deleted; the next warm stores them again")
+        lines.append(f"{count_noun(len(findings.deleted), 'object')} deleted; the next warm stores them again")
     elif findings.damaged:
         lines.append("check --delete removes what is damaged; the next warm stores it again")
     if findings.calibrations:
@@ -255,7 +255,7 @@ def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float)
     if findings.lacking:
         lines.append(
             f"{count_noun(len(findings.lacking), 'object')} coded with a calibration that is not there: misses until "
-            "it is back, or until a save replaces them"
+            "it is back; check --delete removes them"
         )
     if findings.unverifiable:
         lines.append(f"{count_noun(findings.unverifiable, 'object')} without a namespace.json to verify against")

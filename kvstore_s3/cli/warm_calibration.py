@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from kvstore_s3.cli.output import format_seconds, say
 from kvstore_s3.errors import InvalidArgumentError
@@ -70,13 +70,14 @@ def calibrate_first(store: SyncKVStore, options: WarmOptions, style: PromptStyle
 def calibrate_command(options: WarmOptions, settings: Settings) -> str:
     """The command line that calibrates on the documents of this warm."""
     words = ["kvstore-s3", "calibrate", *options.documents, "--model", options.model, "--store", settings.store or ""]
+    default = type(settings).model_fields["chunk_tokens"].default
     flags = {
         "--endpoint-url": settings.endpoint_url,
         "--region": settings.region,
         "--prefix-file": options.prefix_file,
         "--jsonl-field": options.jsonl_field,
         "--dtype": options.dtype,
-        "--chunk-tokens": settings.chunk_tokens,
+        "--chunk-tokens": None if settings.chunk_tokens == default else settings.chunk_tokens,
     }
     for flag, value in flags.items():
         words += [] if value is None else [flag, str(value)]
@@ -87,7 +88,11 @@ def calibrate_command(options: WarmOptions, settings: Settings) -> str:
 
 
 def _may_ask(documents: Sequence[str]) -> bool:
-    return "-" not in documents and sys.stdin.isatty() and sys.stderr.isatty()
+    return "-" not in documents and _is_terminal(sys.stdin) and _is_terminal(sys.stderr)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
 
 
 def _ask() -> bool:
