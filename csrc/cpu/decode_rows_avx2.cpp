@@ -7,7 +7,7 @@
 
 #if defined(__x86_64__)
 
-#include <immintrin.h>
+#include "look_up_avx2.h"
 
 #define KVS_AVX2 __attribute__((target("avx2,popcnt")))
 
@@ -37,8 +37,7 @@ KVS_AVX2 inline __m256i spread_set(std::uint32_t set) {
 KVS_AVX2 inline __m256i step_lanes(__m256i& state, __m256i table, __m256i present,
                                    const std::uint32_t* entries, const std::uint8_t*& words) {
   const __m256i slot = _mm256_and_si256(state, _mm256_set1_epi32(kSlots - 1));
-  const __m256i entry =
-      _mm256_i32gather_epi32(reinterpret_cast<const int*>(entries), _mm256_add_epi32(slot, table), 4);
+  const __m256i entry = look_up(entries, _mm256_add_epi32(slot, table));
   const __m256i field = _mm256_set1_epi32(0xFFF);
   const __m256i popped = _mm256_add_epi32(
       _mm256_mullo_epi32(_mm256_and_si256(entry, field), _mm256_srli_epi32(state, kSlotBits)),

@@ -5,6 +5,7 @@
 
 #if defined(__x86_64__)
 
+#include "look_up_avx2.h"
 #include "scalable_avx2.h"
 
 namespace kvs {
@@ -33,8 +34,7 @@ KVS_AVX2 inline __m256i pop(__m256i state, __m256i frequency, __m256i offset) {
 
 // pop_symbol of eight lanes: answers the entries.
 KVS_AVX2 inline __m256i pop_base(__m256i& state, __m256i table, const std::uint32_t* slots) {
-  const __m256i entry = _mm256_i32gather_epi32(
-      reinterpret_cast<const int*>(slots), _mm256_add_epi32(slots_of(state), table), sizeof(std::uint32_t));
+  const __m256i entry = look_up(slots, _mm256_add_epi32(slots_of(state), table));
   const __m256i field = _mm256_set1_epi32(0xFFF);
   state = pop(state, _mm256_and_si256(entry, field),
               _mm256_and_si256(_mm256_srli_epi32(entry, kSlotBits), field));
