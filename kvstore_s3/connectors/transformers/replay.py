@@ -95,12 +95,12 @@ def _pair_places(style: str, pairs: int) -> tuple[slice, slice]:
 
 def measure_style(replay: Replay, kv: torch.Tensor) -> str:
     """The style of rotation whose undoing leaves K the least to tell: the smallest mean log-variance of its numbers."""
-    if replay.rotation.style == "none":
-        return "none"
     flat = {}
     for style in ("none", "halves", "pairs"):
         rotation = Rotation(style, replay.rotation.inverse_frequencies, replay.rotation.rotated)
         keys = Replay(replay.model, replay.kv_dtype, rotation).strip(kv)[:, 1:, :, :, 0]
         keys = keys[torch.isfinite(keys).flatten(2).all(-1)]
+        if replay.rotation.style == "none" or len(keys) < 2:
+            return replay.rotation.style
         flat[style] = float(keys.double().var(0).clamp_min(1e-12).log().mean())
     return min(flat, key=lambda style: flat[style])

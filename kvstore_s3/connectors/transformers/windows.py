@@ -22,7 +22,7 @@ LONG_CHUNKS = 4
 LONG_EVERY = 8
 """One window in so many is a long one."""
 
-HELD_OUT_EVERY = 6
+HELD_OUT_EVERY = 5
 HELD_OUT_MOST = 16
 FEWEST = 8
 """Windows without which there is nothing to learn from: six to learn, two to measure on."""
@@ -111,19 +111,20 @@ def _cut(documents: Iterable[Sequence[int]], prefix: tuple[int, ...], short: int
 
 
 def _thin(windows: list[Window], max_tokens: int, short: int) -> list[Window]:
-    """Leave windows out evenly; where few may stay, the long ones go first."""
+    """Leave windows of both lengths out evenly; where few may stay, the long ones go first."""
     total = sum(len(window.tokens) for window in windows)
     if total <= max_tokens:
         return windows
-    kept = _pick(windows, len(windows) * max_tokens // total)
-    if len(kept) >= FEWEST:
-        return kept
-    small = [window for window in windows if window.context == short]
-    return _pick(small if len(small) >= FEWEST else windows, FEWEST)
+    small = [place for place, window in enumerate(windows) if window.context == short]
+    large = [place for place, window in enumerate(windows) if window.context != short]
+    places = [place for some in (small, large) for place in _pick(some, len(some) * max_tokens // total)]
+    if len(places) < FEWEST:
+        places = _pick(small if len(small) >= FEWEST else [*range(len(windows))], FEWEST)
+    return [windows[place] for place in sorted(places)]
 
 
-def _pick(windows: list[Window], count: int) -> list[Window]:
-    return [windows[place * len(windows) // count] for place in range(count)]
+def _pick(places: list[int], count: int) -> list[int]:
+    return [places[number * len(places) // count] for number in range(count)]
 
 
 def _split(windows: list[Window], short: int) -> Sample:
