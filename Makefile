@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORE ?= file
 MODEL ?=
+TEXTS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_CXX ?= clang++
 FUZZ_DIR := build/fuzz
@@ -97,6 +98,9 @@ $(FUZZ_DIR)/fuzz_lossless $(FUZZ_DIR)/fuzz_scalable: $(FUZZ_DIR)/%: csrc/fuzz/%.
 
 $(FUZZ_DIR)/write_seeds: csrc/fuzz/write_seeds.cpp $(FUZZED)
 	@$(FUZZ_CXX) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link $^ -o $@
+
+bench-codec: venv ## quality for bits beside published KV codecs (MODEL=dir, TEXTS=dir of .txt files): table, JSON, SVG
+	@$(BIN)/python benchmarks/codec_quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXTS),--texts $(TEXTS))
 
 clean: ## remove what was built, but no stored data
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
