@@ -90,6 +90,7 @@ def _features() -> Iterator[GoldenError]:
     yield _error("parts-0", unknown, _object([replace(_SOUND[0], parts=0), _SOUND[1]]))
     yield _error("parts-4", unknown, _object([replace(_SOUND[0], parts=4), _SOUND[1]]))
     yield _error("codec-255", unknown, _object([_SOUND[0], replace(_SOUND[1], codec=255)]))
+    yield _error("codec-5-in-a-lossless-object", unknown, _object([_SOUND[0], replace(_SOUND[1], codec=5)]))
     yield _error("codec-of-another-dtype", unknown, _object([_SOUND[0], replace(_SOUND[1], codec=1)]))
 
 

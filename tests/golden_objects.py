@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import codec_for
 from kvstore_s3.layout import KVLayout, Shard
 
+CACHEGEN = Path(__file__).parent / "golden" / "cachegen"
 MAC_KEY = bytes(range(32))
 """The key of the golden object with an authenticator."""
 
@@ -150,6 +152,18 @@ def _authenticated() -> Golden:
     return Golden("authenticated", identity, crafted.object(), values, codecs=("raw",))
 
 
+def _cachegen() -> Golden:
+    """Profile 3: a golden payload of codec 5, which gives every decoder the same bits, beside a raw section."""
+    name = "cachegen"
+    identity = make_identity(name, Shard(0, 4, 0, 2), dtype="bfloat16", tokens=48, head_dim=8, layers=4, kv_heads=2)
+    values = make_values(identity, name)
+    payload, decoded = ((CACHEGEN / f"bfloat16.{ending}").read_bytes() for ending in ("payload", "decoded"))
+    values[:3] = np.frombuffer(decoded, "<u2").reshape(values[:3].shape)
+    payloads = [Payload(0, PARTS_KV, 5, 0, 3, payload), Payload(0, PARTS_KV, 0, 3, 4, as_bytes(values[3:]))]
+    data, _ = build_object(identity, payloads, profile="cachegen")
+    return Golden(name, identity, bytes(data), values, profile="cachegen", codecs=("cachegen", "raw"))
+
+
 _MAKERS: Sequence[Callable[[], Golden]] = (
     _raw_bf16,
     _whole("lossless-bf16", "bfloat16", "lossless"),
@@ -162,6 +176,7 @@ _MAKERS: Sequence[Callable[[], Golden]] = (
     _apart_lossless,
     _digest_256,
     _authenticated,
+    _cachegen,
 )
 
 

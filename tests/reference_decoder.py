@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+import reference_cachegen
 import reference_lossless
 import reference_scalable
 import zstandard
@@ -276,7 +277,7 @@ def decode(
         if base.codec == 3:
             values = decode_scalable(payloads, base, len(group), calibrations.get(digest), expected)
         else:
-            values = decode_exact(payloads, base, expected)
+            values = decode_alone(payloads, base, expected)
         kinds = {1: [0], 2: [1], 3: [0, 1]}[base.parts]
         size = expected.values(1, 1)
         for layer in range(base.layer_begin, base.layer_end):
@@ -307,13 +308,15 @@ def check_codec(section: Section, base_codec: int, profile: int, expected: Expec
         known = section.codec == (3 if base_codec == 3 else 4)
     elif section.codec == 3:
         known = profile == SCALABLE and expected.dtype <= 3 and section.parts == 3
+    elif section.codec == 5:
+        known = profile == CACHEGEN and expected.dtype <= 3
     else:
         known = section.codec in (0, 2) or (section.codec == 1 and expected.dtype == 1)
     if not known:
         refuse(UNSUPPORTED_FEATURE, f"codec {section.codec}")
 
 
-def decode_exact(payloads: list[bytes], base: Section, expected: Expected) -> list[int]:
+def decode_alone(payloads: list[bytes], base: Section, expected: Expected) -> list[int]:
     kinds = 2 if base.parts == 3 else 1
     layers = base.layer_end - base.layer_begin
     for nothing in payloads[1:]:
@@ -323,6 +326,8 @@ def decode_exact(payloads: list[bytes], base: Section, expected: Expected) -> li
         return decode_raw(payloads[0], expected.values(layers, kinds), ITEM_BYTES[expected.dtype])
     if base.codec == 1:
         return decode_lossless(payloads[0], layers, kinds, expected)
+    if base.codec == 5:
+        return decode_cachegen(payloads[0], layers, kinds, expected)
     return decode_planes(payloads[0], layers * kinds, expected)
 
 
@@ -426,6 +431,16 @@ def decode_scalable(
         refuse(TRUNCATED, str(refused))
     except RefusedError as refused:
         refuse(BAD_PAYLOAD, str(refused))
+
+
+# Codec 5: docs/format-cachegen.md
+
+
+def decode_cachegen(payload: bytes, layers: int, kinds: int, expected: Expected) -> list[int]:
+    name = {1: "bfloat16", 2: "float16", 3: "float32"}[expected.dtype]
+    shape = (layers, kinds, expected.tokens, expected.heads, expected.head_dim)
+    values = reference_cachegen.decode(payload, name, shape)
+    return [int(value) for value in reference_scalable.round_to(values, expected.dtype).reshape(-1)]
 
 
 # The hint

@@ -41,7 +41,7 @@ def describe(golden: Golden) -> dict[str, Any]:
         "values_blake3": None if golden.values is None else blake3(as_bytes(golden.values)).hexdigest(),
         "hint": encode_hint(header.table),
     }
-    return entry if golden.profile == "lossless" else entry | describe_levels(golden)
+    return entry | describe_levels(golden) if golden.profile == "scalable" else entry
 
 
 def describe_levels(golden: Golden) -> dict[str, Any]:
