@@ -162,6 +162,8 @@ void define_values(nb::module_& m) {
 }  // namespace
 
 void kvs::register_scalable(nb::module_& m) {
+  // Tables are kept until the interpreter ends, on purpose: nothing to warn of on a user's terminal.
+  nb::set_leak_warnings(false);
   nb::class_<ScalableTables>(m, "ScalableTables")
       .def("__init__", &create_tables, nb::arg("first").noconvert(), nb::arg("base").noconvert(),
            nb::arg("refine").noconvert(), nb::arg("shift").noconvert());

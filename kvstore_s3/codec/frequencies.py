@@ -17,11 +17,15 @@ def symmetric_frequencies(shares: Sequence[float], escape: float) -> list[int]:
     """
     exact = [share * SLOTS for share in shares]
     counts = [max(round(x), 1) if m <= ALWAYS or x > RAREST * SLOTS else 0 for m, x in enumerate(exact)]
-    last = max(1, round(escape * SLOTS))
+    last = max(1, min(round(escape * SLOTS), SLOTS + counts.count(0) * 2 - 2 * len(counts)))
     while surplus := counts[0] + 2 * sum(counts[1:]) + last - SLOTS:
         step = 1 if surplus > 0 else -1
         single = abs(surplus) == 1  # only 0 has one symbol alone
-        fit = [m for m, count in enumerate(counts) if count > step and count and (m == 0) >= single]
+        able = [m for m, count in enumerate(counts) if count > step and count]
+        fit = [m for m in able if m == 0 or not single] or able  # too much for one: then 0 makes up for it
+        if not fit:
+            last -= step
+            continue
         # The one that is furthest off, in slots for its share: that costs the fewest bits.
         counts[max(fit, key=lambda m: step * (counts[m] - exact[m]) / (exact[m] + 1))] -= step
     return [*reversed(counts[1:]), *counts, last]
