@@ -85,6 +85,7 @@ def _encode_levels(
             first_position=first_token,
             calibration=encoding.calibration[1] if encoding.calibration else None,
             rotation=encoding.rotation,
+            first_head=identity.shard.head_begin,
         )
     if profile == "cachegen":
         codec = CacheGenCodec(dtype, published_bins(layer_begin, len(values), identity.layout.layers))

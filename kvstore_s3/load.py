@@ -206,6 +206,8 @@ def decode_section(
             section_heads=identity.shard.heads,
             first_position=first_token,
             calibration=calibration,
+            first_head=identity.shard.head_begin,
+            object_levels=header.table.sections[-1].level + 1,
         )
         return
     codec = _cachegen_codec(dtype) if _is_cachegen(header, base) else codec_for(base.codec, dtype)

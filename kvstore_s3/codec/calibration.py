@@ -194,6 +194,8 @@ class _Tensors:
 
 def _read_rotation(tensors: _Tensors, style: str, layout: KVLayout) -> Rotation:
     rotated = tensors.take("rotated", "u1", (layout.layers,))
+    if (rotated > 1).any():
+        raise _refusal(f"rotated holds {rotated.max()}, expected 0 or 1")
     if style == "none":
         return Rotation(style, np.empty(0, np.float32), rotated)
     frequencies = tensors.take("inverse_frequencies", "f4")

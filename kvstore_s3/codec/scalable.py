@@ -20,6 +20,7 @@ from kvstore_s3.codec.calibration import SPANS, Calibration
 from kvstore_s3.codec.registry import codec_for, encode_section
 from kvstore_s3.codec.rotation import STYLES, Rotation
 from kvstore_s3.codec.scalable_stream import (
+    MAX_EXACT,
     Coded,
     RawStream,
     StreamShape,
@@ -52,20 +53,22 @@ def encode_scalable(
     first_position: int,
     calibration: Calibration | None,
     rotation: Rotation,
+    first_head: int = 0,
     levels: int = LEVELS,
 ) -> list[tuple[int, bytes]]:
     """Code one section [layers, 2, tokens, heads, head_dim] of bit patterns into (codec id, payload) for each level.
 
-    `first_position` is that of the chunk's first token. With a calibration, the section must be one of its layer
-    groups; without one, `rotation` says how K was rotated. Tokens with values that are not finite, the very first token
-    of a prompt (the attention sink) and outliers beyond the quantiser are kept exact. A section that would come out no
-    smaller than its exact coding is coded exactly. Raises `InvalidArgumentError` for dtypes that it does not code.
+    `first_position` is that of the chunk's first token, `first_head` the section's first head within the model. With a
+    calibration, the section must be one of its layer groups, with all heads where its span is "all"; without one,
+    `rotation` says how K was rotated. Tokens with values that are not finite, the very first token of a prompt (the
+    attention sink) and outliers beyond the quantiser are kept exact. A section that would come out no smaller than its
+    exact coding is coded exactly. Raises `InvalidArgumentError` for dtypes that it does not code.
     """
     if dtype not in LOSSY_DTYPES:
         raise InvalidArgumentError(f"lossy profiles code {', '.join(LOSSY_DTYPES)}, not {dtype}; use lossless")
     if not 0 <= first_position <= _MAX_POSITION:
         raise InvalidArgumentError(f"first position {first_position} does not fit 32 bits")
-    maps = _maps_of(values, dtype, layer_begin, first_position, calibration, rotation)
+    maps = _maps_of(values, layer_begin, first_head, calibration, rotation)
     streams = [_encode_stream(values, dtype, one, first_position, levels) for one in maps]
     payloads = [_base_header(values, first_position, calibration, maps[0], levels), *([b""] * (levels - 1))]
     coded = [
@@ -92,35 +95,44 @@ def decode_scalable(
     section_heads: int,
     first_position: int | None,
     calibration: Calibration | None,
+    first_head: int = 0,
+    object_levels: int | None = None,
 ) -> None:
     """Decode heads `head_begin` on of one section from its first one to three levels into `out`.
 
     `out` [layers, 2, tokens, heads, head_dim] may be strided over layers, K/V and tokens. `first_position` None
-    believes the payload's own. `calibration` is the one that the object's header names, None where it names none.
+    believes the payload's own, as `object_levels` None does, the number of levels in the object's index. `calibration`
+    is the one that the object's header names, None where it names none; `first_head` the section's first head within
+    the model.
     Raises `DamagedObjectError`; `out` is then undefined.
     """
     base_codec, base = payloads[0]
     refinements = payloads[1:]
+    above = SCALABLE if base_codec == SCALABLE else NOTHING
+    if any(codec_id != above for codec_id, _ in refinements):
+        found = f"levels of codecs {[codec_id for codec_id, _ in payloads]}"
+        raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
     if base_codec != SCALABLE:
-        for codec_id, payload in refinements:
-            if codec_id != NOTHING or bytes(payload[:2]) != b"\0":
-                raise damaged(f"level 0 is exact, but a level above it has codec {codec_id}")
+        if any(bytes(payload[:2]) != b"\0" for _, payload in refinements):
+            raise damaged("level 0 is exact, but a level above it is not one zero byte")
         codec_for(base_codec, dtype).decode(base, out, head_begin=head_begin, section_heads=section_heads)
         return
-    if dtype not in LOSSY_DTYPES or any(codec_id != SCALABLE for codec_id, _ in refinements):
-        found = f"codec 3 with {dtype}, or levels of codecs {[codec_id for codec_id, _ in payloads]}"
-        raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
-    header = _parse_section(base, out.shape[0], first_position, calibration)
-    if len(payloads) > header.levels:
-        raise damaged(f"{len(payloads)} levels of an object that says it has {header.levels}")
+    if dtype not in LOSSY_DTYPES or out.shape[1] != 2:
+        raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, f"codec 3 with {dtype}, or with K or V alone")
+    header = _parse_section(base, (out.shape[0], out.shape[4]), first_position, calibration)
+    if header.levels != (object_levels or header.levels) or len(payloads) > header.levels:
+        raise damaged(f"{object_levels or len(payloads)} levels of an object that says it has {header.levels}")
     count = 1 if header.span == "all" else section_heads
     streams = [split_streams(base, header.end, count), *(split_streams(p, 0, count) for _, p in refinements)]
+    if calibration is not None and _group_of(calibration, layer_begin, out.shape[0], first_head, section_heads) is None:
+        found = f"layers {layer_begin} on, {out.shape[0]} of them, heads {first_head} on, {section_heads} of them"
+        raise damaged(f"{found}: no layer group of the calibration")
     wanted = range(1) if header.span == "all" else range(head_begin, head_begin + out.shape[3])
     whole = _whole_target(out, header.span, head_begin, section_heads)
     for number, stream in enumerate(wanted):
         target = whole if header.span == "all" else whole[:, :, :, number : number + 1]
         parts = [level[stream] for level in streams]
-        _decode_stream(parts, target, dtype, header, layer_begin, stream, calibration)
+        _decode_stream(parts, target, dtype, header, layer_begin, stream, first_head, calibration)
     if whole is not out:
         out[:] = whole[:, :, :, head_begin : head_begin + out.shape[3]]
 
@@ -136,7 +148,7 @@ class _SectionHeader:
 
 
 def _maps_of(
-    values: Bits, dtype: str, layer_begin: int, first_position: int, calibration: Calibration | None, rotation: Rotation
+    values: Bits, layer_begin: int, first_head: int, calibration: Calibration | None, rotation: Rotation
 ) -> list[StreamMap]:
     layers, _, tokens, heads, _ = values.shape
     if calibration is None:
@@ -144,19 +156,25 @@ def _maps_of(
             rotation.style, rotation.inverse_frequencies, rotation.select(layer_begin, layer_begin + layers)
         )
         return [uncalibrated_map(local, layers, values.shape[4], head, tokens) for head in range(heads)]
-    group = _group_of(calibration, layer_begin, layers)
-    if group is None or heads != calibration.kv_heads:
+    group = _group_of(calibration, layer_begin, layers, first_head, heads)
+    if group is None:
+        whose = "all heads" if calibration.span == "all" else "heads of the model"
         raise InvalidArgumentError(
             f"layers {layer_begin}-{layer_begin + layers} with {heads} heads are no layer group of the calibration; "
-            f"save groups of {calibration.layer_group} layers, all heads"
+            f"save groups of {calibration.layer_group} layers, {whose}"
         )
-    return [calibrated_map(calibration, group, head) for head in range(1 if calibration.span == "all" else heads)]
+    count = 1 if calibration.span == "all" else heads
+    return [calibrated_map(calibration, group, first_head, head) for head in range(count)]
 
 
-def _group_of(calibration: Calibration, layer_begin: int, layers: int) -> int | None:
+def _group_of(calibration: Calibration, layer_begin: int, layers: int, first_head: int, heads: int) -> int | None:
+    """The layer group that a section is, None where it is none or its heads are not those of the calibration."""
     group = layer_begin // calibration.layer_group
-    inside = group < calibration.groups and calibration.group_layers(group) == (layer_begin, layer_begin + layers)
-    return group if inside else None
+    if group >= calibration.groups or calibration.group_layers(group) != (layer_begin, layer_begin + layers):
+        return None
+    if calibration.span == "all" and heads != calibration.kv_heads:
+        return None
+    return group if first_head + heads <= calibration.kv_heads else None
 
 
 def _base_header(
@@ -188,7 +206,7 @@ def _encode_stream(values: Bits, dtype: str, one: StreamMap, first_position: int
     y = fitted.analyse(x)
     exact |= ~(np.abs(y).max(axis=1) < fitted.largest)
     originals = _by_token(view)
-    if exact.all():
+    if exact.all() or np.count_nonzero(exact) > MAX_EXACT:
         return build_raw_stream(originals, levels)
     y[exact] = 0
     explicit = fitted.choose_classes(y, exact)
@@ -203,8 +221,10 @@ def _encode_stream(values: Bits, dtype: str, one: StreamMap, first_position: int
 
 
 def _parse_section(
-    base: memoryview, layers: int, first_position: int | None, calibration: Calibration | None
+    base: memoryview, shape: tuple[int, int], first_position: int | None, calibration: Calibration | None
 ) -> _SectionHeader:
+    """`shape`: layers of the section, and head dim."""
+    layers, dim = shape
     if len(base) < _SECTION.size:
         raise DamagedObjectError(BitstreamFault.TRUNCATED, f"payload has {len(base)} bytes, its header 12")
     mode, span, levels, style, position, pairs, reserved = _SECTION.unpack_from(base)
@@ -218,8 +238,8 @@ def _parse_section(
         if style or pairs or SPANS[span] != calibration.span:
             raise damaged(f"span {SPANS[span]}, expected {calibration.span}")
         return _SectionHeader(SPANS[span], levels, position, Rotation.none(layers), _SECTION.size)
-    if span or (style == 0) != (pairs == 0):
-        raise damaged("an uncalibrated section has a span or lacks its frequencies")
+    if span or (style == 0) != (pairs == 0) or 2 * pairs > dim:
+        raise damaged(f"an uncalibrated section has a span, or {pairs} rotary pairs in a head of {dim}")
     return _parse_rotation(base, layers, levels, style, position, pairs)
 
 
@@ -245,18 +265,14 @@ def _decode_stream(
     header: _SectionHeader,
     layer_begin: int,
     stream: int,
+    first_head: int,
     calibration: Calibration | None,
 ) -> None:
     layers, _, tokens, heads, dim = out.shape
     if calibration is None:
-        if header.rotation.inverse_frequencies.size * 2 > dim:
-            raise damaged(f"{header.rotation.inverse_frequencies.size} rotary pairs in a head of {dim}")
         one = uncalibrated_map(header.rotation, layers, dim, stream, tokens)
     else:
-        group = _group_of(calibration, layer_begin, layers)
-        if group is None:
-            raise damaged(f"layers {layer_begin}-{layer_begin + layers} are no layer group of the calibration")
-        one = calibrated_map(calibration, group, stream)
+        one = calibrated_map(calibration, layer_begin // calibration.layer_group, first_head, stream)
     shape = StreamShape(tokens, one.numbers, one.components, out.itemsize, header.levels, one.step_count)
     parsed = parse_base(parts[0], shape, one.classes if one.calibrated else None, one.tables.first[header.levels - 1])
     if isinstance(parsed, RawStream):

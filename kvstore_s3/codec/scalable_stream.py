@@ -23,6 +23,8 @@ MAX_COARSE = 3600
 
 _HEAD = struct.Struct("<IIHBB")
 _RAW = 0xFFFF
+MAX_EXACT = _RAW - 1
+"""Most exact tokens of a stream that is not raw."""
 _EXPLICIT = 1
 _LANES = 32
 

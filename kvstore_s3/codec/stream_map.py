@@ -119,13 +119,14 @@ class StreamMap:
 
 
 @lru_cache(maxsize=4096)
-def calibrated_map(calibration: Calibration, group: int, head: int) -> StreamMap:
-    """The map of one unit of a calibration."""
-    unit = calibration.units[group, head]
+def calibrated_map(calibration: Calibration, group: int, first_head: int, head: int) -> StreamMap:
+    """The map of one unit of a calibration: that of the section's head `head`, whose first head is the model's
+    `first_head`."""
+    unit = calibration.units[group, first_head + head]
     begin, end = calibration.group_layers(group)
     whole = calibration.span == "all"
     rotation = calibration.rotation
-    mean = calibration.unit_mean(group, head)
+    mean = calibration.unit_mean(group, first_head + head)
     return StreamMap(
         head=head,
         whole=whole,
