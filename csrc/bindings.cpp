@@ -1,10 +1,10 @@
 // The Python face of the native code: arrays cross as nb::ndarray, the work is done without the GIL.
 
+#include "bindings.h"
+
 #include <nanobind/stl/string_view.h>
 
 #include <vector>
-
-#include "bindings.h"
 
 namespace nb = nanobind;
 

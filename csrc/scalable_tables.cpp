@@ -10,6 +10,30 @@ void expect(bool sound, const char* what) {
   if (!sound) throw std::invalid_argument(what);
 }
 
+BaseBounds find_bounds(const std::uint16_t* frequencies) {
+  BaseBounds found{};
+  std::uint32_t start = 0;
+  for (std::uint32_t symbol = 0; symbol < kBaseSymbols; ++symbol) {
+    const std::uint32_t frequency = frequencies[symbol];
+    if (frequency == 0) continue;
+    const std::uint32_t entry = pack_base_entry(symbol, frequency, start);
+    if (start == 0) {
+      found.first = entry;
+    } else if (symbol == kBaseEscape) {
+      found.bounds[kMostBounds] = start;
+      found.entries[kMostBounds] = entry;
+    } else if (found.count < kMostBounds) {
+      found.bounds[found.count] = start;
+      found.entries[found.count++] = entry;
+    } else {
+      found.count = kMostBounds + 1;
+      break;
+    }
+    start += frequency;
+  }
+  return found;
+}
+
 }  // namespace
 
 ScalableTables::ScalableTables(const Source& source) {
@@ -24,7 +48,10 @@ ScalableTables::ScalableTables(const Source& source) {
     }
   }
   slots_.reserve((kClasses - first_[0]) * kSlots);
-  for (std::uint32_t k = first_[0]; k < kClasses; ++k) add_base(source.base + k * kBaseSymbols);
+  for (std::uint32_t k = first_[0]; k < kClasses; ++k) {
+    add_base(source.base + k * kBaseSymbols);
+    bounds_[k] = find_bounds(source.base + k * kBaseSymbols);
+  }
   for (unsigned level = 1; level < kLevels; ++level) {
     for (std::uint32_t k = first_[level]; k < kClasses; ++k) {
       set_refine(level, k, source.refine + ((level - 1) * kClasses + k) * kContexts * 2);

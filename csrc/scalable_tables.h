@@ -8,6 +8,18 @@
 
 namespace kvs {
 
+// A table of level 0 with few symbols: found by comparing a slot with where they begin instead of looking it
+// up.
+inline constexpr std::uint32_t kMostBounds = 12;
+
+struct BaseBounds {
+  std::uint32_t count;  // of bounds before the escape's; kMostBounds + 1: the table has too many
+  std::uint32_t first;  // entry of the symbol that begins at 0
+  std::uint32_t bounds[kMostBounds + 1];  // slots where the next symbols begin; last, the escape
+  std::uint32_t
+      entries[kMostBounds + 1];  // these symbols: as in pack_base_entry, but with the first slot itself
+};
+
 class ScalableTables {
  public:
   // What a table set says; arrays as in docs/format-scalable.md.
@@ -27,6 +39,7 @@ class ScalableTables {
   // Level 0. Tables of all classes lie behind each other; classes that are not coded have none.
   const std::uint32_t* slots() const { return slots_.data(); }
   std::uint32_t slots_of(std::uint32_t k) const { return (k - first_[0]) * kSlots; }
+  const BaseBounds& bounds_of(std::uint32_t k) const { return bounds_[k]; }
   const Push* base_pushes() const { return base_pushes_.data(); }
   std::uint32_t base_pushes_of(std::uint32_t k) const { return (k - first_[0]) * kBaseSymbols; }
 
@@ -47,6 +60,7 @@ class ScalableTables {
   float shift_[kLevels][kClasses] = {};
   std::uint32_t thresholds_[2][kClasses][kContexts] = {};
   Push ternary_pushes_[2][kClasses][kContexts][3] = {};
+  BaseBounds bounds_[kClasses] = {};
   std::vector<std::uint32_t> slots_;
   std::vector<Push> base_pushes_;
 };

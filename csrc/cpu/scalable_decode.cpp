@@ -76,15 +76,32 @@ class StreamDecoder {
     return classes_[order_.components()[block * kLanes + lane]];
   }
 
+  void set_tables(BaseBlock& block, std::uint64_t index) const {
+    block.bound_count = 0;
+    for (std::uint32_t lane = 0; lane < block.lanes; ++lane) {
+      const std::uint32_t k = class_of(index, lane);
+      block.table[lane] = tables_.slots_of(k);
+      block.bound_count = std::max(block.bound_count, tables_.bounds_of(k).count);
+    }
+    if (block.bound_count > kMostBounds) return;
+    for (std::uint32_t lane = 0; lane < block.lanes; ++lane) {
+      const BaseBounds& of = tables_.bounds_of(class_of(index, lane));
+      block.first[lane] = of.first;
+      for (std::uint32_t i = 0; i <= kMostBounds; ++i) {
+        const std::uint32_t from = i < of.count ? i : kMostBounds;
+        block.bounds[i][lane] = of.bounds[from];
+        block.entries[i][lane] = of.entries[from];
+      }
+    }
+  }
+
   bool decode_base(LevelSource& from) {
     BaseBlock block{};
     block.slots = tables_.slots();
     for (std::uint64_t index = 0; index < order_.blocks(0); ++index) {
       block.lanes = order_.lanes(0, index);
       block.numbers = block_numbers(index);
-      for (std::uint32_t lane = 0; lane < block.lanes; ++lane) {
-        block.table[lane] = tables_.slots_of(class_of(index, lane));
-      }
+      set_tables(block, index);
       BaseRows* fast = nullptr;
       if (how_ == Implementation::kAvx512) fast = decode_base_avx512;
       if (how_ == Implementation::kAvx2) fast = decode_base_avx2;

@@ -101,26 +101,63 @@ struct Lanes {
   }
 };
 
-}  // namespace
+// Symbols looked up, slot by slot.
+struct SlotLookup {
+  const std::uint32_t* slots;
+  __m512i table[2];
 
-KVS_AVX512 std::uint64_t decode_base_avx512(LevelSource& from, LaneStates& states, const BaseBlock& block,
-                                            std::uint64_t begin, std::uint64_t tokens) {
+  KVS_AVX512 inline explicit SlotLookup(const BaseBlock& block)
+      : slots(block.slots), table{_mm512_load_si512(block.table), _mm512_load_si512(block.table + kHalf)} {}
+
+  template <int half>
+  KVS_AVX512 inline __m512i pop_symbols(__m512i& state) const {
+    return _mm512_srli_epi32(pop_base(state, table[half], slots), 24);
+  }
+};
+
+// Symbols found by comparing with `kBounds` bounds and the escape's.
+template <std::uint32_t kBounds>
+struct SlotComparison {
+  const BaseBlock& block;
+
+  KVS_AVX512 inline explicit SlotComparison(const BaseBlock& of) : block(of) {}
+
+  template <int half>
+  KVS_AVX512 inline __m512i pop_symbols(__m512i& state) const {
+    const __m512i slot = slots_of(state);
+    __m512i entry = _mm512_load_si512(block.first + half * kHalf);
+#pragma GCC unroll 16
+    for (std::uint32_t i = 0; i <= kBounds; ++i) {
+      const std::uint32_t from = i < kBounds ? i : kMostBounds;
+      const __m512i bound = _mm512_load_si512(block.bounds[from] + half * kHalf);
+      entry = _mm512_mask_mov_epi32(entry, _mm512_cmpge_epu32_mask(slot, bound),
+                                    _mm512_load_si512(block.entries[from] + half * kHalf));
+    }
+    const __m512i field = _mm512_set1_epi32(0xFFF);
+    const __m512i start = _mm512_and_si512(_mm512_srli_epi32(entry, kSlotBits), field);
+    state = pop(state, _mm512_and_si512(entry, field), _mm512_sub_epi32(slot, start));
+    return _mm512_srli_epi32(entry, 24);
+  }
+};
+
+template <typename Symbols>
+KVS_AVX512 std::uint64_t decode_base(LevelSource& from, LaneStates& states, const BaseBlock& block,
+                                     std::uint64_t begin, std::uint64_t tokens) {
   Lanes lanes(states, block.lanes);
-  const __m512i table0 = _mm512_load_si512(block.table), table1 = _mm512_load_si512(block.table + kHalf);
-  const std::uint32_t* slots = block.slots;
+  const Symbols symbols(block);
   const std::uint8_t* words = from.next;
   const std::uint8_t* const wide = from.wide;
   std::uint64_t token = begin;
   for (; token < tokens && words <= wide; ++token) {
-    const __m512i entry0 = pop_base(lanes.low, table0, slots);
-    const __m512i entry1 = pop_base(lanes.high, table1, slots);
+    const __m512i low = symbols.template pop_symbols<0>(lanes.low);
+    const __m512i high = symbols.template pop_symbols<1>(lanes.high);
     lanes.renormalise(words);
-    const __m512i symbols = narrow_lanes(_mm512_srli_epi32(entry0, 24), _mm512_srli_epi32(entry1, 24));
-    const __m512i numbers = _mm512_sub_epi16(symbols, _mm512_set1_epi16(kBaseOffset));
+    const __m512i found = narrow_lanes(low, high);
+    const __m512i numbers = _mm512_sub_epi16(found, _mm512_set1_epi16(kBaseOffset));
     std::int16_t* row = block.numbers + token * kLanes;
     _mm512_storeu_si512(row, _mm512_maskz_mov_epi16(lanes.present, numbers));
     const __mmask32 escaped =
-        _mm512_mask_cmpeq_epi16_mask(lanes.present, symbols, _mm512_set1_epi16(kBaseEscape));
+        _mm512_mask_cmpeq_epi16_mask(lanes.present, found, _mm512_set1_epi16(kBaseEscape));
     if (escaped != 0) [[unlikely]] {
       take_row_escapes(from, escaped, row);
       if (from.failed) break;
@@ -129,6 +166,18 @@ KVS_AVX512 std::uint64_t decode_base_avx512(LevelSource& from, LaneStates& state
   lanes.store(states);
   from.next = words;
   return token;
+}
+
+}  // namespace
+
+std::uint64_t decode_base_avx512(LevelSource& from, LaneStates& states, const BaseBlock& block,
+                                 std::uint64_t begin, std::uint64_t tokens) {
+  const auto rows = block.bound_count <= 2             ? decode_base<SlotComparison<2>>
+                    : block.bound_count <= 4           ? decode_base<SlotComparison<4>>
+                    : block.bound_count <= 8           ? decode_base<SlotComparison<8>>
+                    : block.bound_count <= kMostBounds ? decode_base<SlotComparison<kMostBounds>>
+                                                       : decode_base<SlotLookup>;
+  return rows(from, states, block, begin, tokens);
 }
 
 KVS_AVX512 std::uint64_t decode_refine_avx512(LevelSource& from, LaneStates& states, const RefineBlock& block,

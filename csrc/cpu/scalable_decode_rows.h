@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "../scalable_steps.h"
+#include "../scalable_tables.h"
 
 namespace kvs {
 
@@ -64,8 +64,16 @@ struct alignas(64) LaneStates {
 
 // A block of level 0: where each lane's table begins in `slots`, and where its numbers go, [token][32 lanes].
 // Unused lanes get 0.
+//
+// Where all of a block's tables have few symbols, `bound_count` says how many bounds the longest has, and the
+// lanes' bounds and entries are here (BaseBounds); shorter ones are filled up with the escape's, which is the
+// last.
 struct BaseBlock {
   alignas(64) std::uint32_t table[kLanes];
+  alignas(64) std::uint32_t first[kLanes];
+  alignas(64) std::uint32_t bounds[kMostBounds + 1][kLanes];
+  alignas(64) std::uint32_t entries[kMostBounds + 1][kLanes];
+  std::uint32_t bound_count;
   const std::uint32_t* slots;
   std::uint32_t lanes;
   std::int16_t* numbers;
