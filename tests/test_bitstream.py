@@ -107,7 +107,7 @@ def test_the_encoder_writes_what_the_document_says(written: tuple[Identity, list
 @each_decodable
 def test_an_object_cut_anywhere_is_truncated(name: str) -> None:
     data, identity = read_golden(name)
-    assert {fault_of(decode_object, data[:length], identity) for length in range(len(data))} == {Fault.TRUNCATED}
+    assert {fault_of(decode_object, data[:length], identity, ALL) for length in range(len(data))} == {Fault.TRUNCATED}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -127,7 +127,7 @@ def test_a_flip_in_any_byte_is_refused_except_in_the_authenticator(name: str, ma
     data, identity = read_golden(name)
     length = read_header_length(data)
     authenticator = range(length - {0: 0, 1: 32}[data[13]], length)
-    accepted = [at for at, bad in enumerate(flips(data, mask)) if not fault_of(decode_object, bad, identity)]
+    accepted = [at for at, bad in enumerate(flips(data, mask)) if not fault_of(decode_object, bad, identity, ALL)]
     assert accepted == list(authenticator)
 
 
@@ -227,6 +227,39 @@ def test_payloads_that_make_no_object_are_refused_before_anything_is_built(paylo
 def test_unknown_profiles_and_digests_are_refused_by_the_encoder(how: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError):
         build_object(IDENTITY, [Payload(0, 3, 0, 1, 4, b"x")], **how)
+
+
+CALIBRATION = bytes(range(32))
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_a_scalable_object_alone_names_a_calibration(profile: str) -> None:
+    payloads = [Payload(0, 3, 0, 1, 4, b"x")]
+    if profile == "scalable":
+        data, _ = build_object(IDENTITY, payloads, profile=profile, calibration=CALIBRATION)
+        assert data[112:144] == CALIBRATION
+        assert parse_header(data, IDENTITY, profiles=ALL, calibrations=None).calibration == CALIBRATION
+        assert parse_header(data, IDENTITY, profiles=ALL, calibrations={CALIBRATION}).calibration == CALIBRATION
+        for at_hand in ({}, {"calibrations": ()}, {"calibrations": {bytes(31) + b"\1"}}):
+            assert fault_of(parse_header, data, IDENTITY, profiles=ALL, **at_hand) == Fault.UNSUPPORTED_FEATURE
+    else:
+        with pytest.raises(InvalidArgumentError, match="scalable objects alone"):
+            build_object(IDENTITY, payloads, profile=profile, calibration=CALIBRATION)
+        section = CraftedSection(layers=(1, 4), data=b"x")
+        crafted = Crafted(IDENTITY, [section], {"profile": PROFILES[profile], "calibration": CALIBRATION}).object()
+        refused = fault_of(parse_header, crafted, IDENTITY, profiles=ALL, calibrations=None)
+        assert refused == Fault.UNSUPPORTED_FEATURE
+
+
+@pytest.mark.parametrize("calibration", [b"", bytes(32), bytes(31), bytes(range(33))])
+def test_a_calibration_is_named_by_a_digest(calibration: bytes) -> None:
+    with pytest.raises(InvalidArgumentError, match="digest of 32 bytes"):
+        build_object(IDENTITY, [Payload(0, 3, 0, 1, 4, b"x")], profile="scalable", calibration=calibration)
+
+
+def test_an_object_without_a_calibration_says_so() -> None:
+    data, _ = build_object(IDENTITY, [Payload(0, 3, 0, 1, 4, b"x")], profile="scalable")
+    assert parse_header(data, IDENTITY, profiles=ALL).calibration is None
 
 
 def test_a_payload_may_be_any_contiguous_buffer() -> None:
