@@ -4,26 +4,17 @@
 
 #if defined(__x86_64__)
 
+#include "look_up_avx2.h"
 #include "scalable_avx512.h"
 
 namespace kvs {
 namespace {
 
-KVS_AVX512 inline __m128i load_four(const std::uint32_t* entries, const std::uint32_t* index) {
-  const auto entry = [&](int i) KVS_AVX512 { return _mm_cvtsi32_si128(static_cast<int>(entries[index[i]])); };
-  return _mm_unpacklo_epi64(_mm_unpacklo_epi32(entry(0), entry(1)), _mm_unpacklo_epi32(entry(2), entry(3)));
-}
-
-// Sixteen loads, one by one: no slower than the gather instruction where that is fast, and much faster where
-// it is not.
+// As look_up of eight, for sixteen.
 KVS_AVX512 inline __m512i look_up(const std::uint32_t* entries, __m512i index) {
   alignas(64) std::uint32_t at[kHalf];
   _mm512_store_si512(at, index);
-  const __m256i low =
-      _mm256_inserti128_si256(_mm256_castsi128_si256(load_four(entries, at)), load_four(entries, at + 4), 1);
-  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(load_four(entries, at + 8)),
-                                               load_four(entries, at + 12), 1);
-  return join(low, high);
+  return join(load_eight(entries, at), load_eight(entries, at + kHalf / 2));
 }
 
 KVS_AVX512 inline __m512i slots_of(__m512i state) {
