@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from quality.measure import Point
+
+REACH = 1.2
 
 
 def curves_of(points: Iterable[Point]) -> dict[str, list[Point]]:
@@ -18,7 +21,12 @@ def curves_of(points: Iterable[Point]) -> dict[str, list[Point]]:
 
 
 def bits_at(curve: Sequence[Point], kl: float) -> float | None:
-    """Bits at which `curve` (by rising rate) has this KL; None beyond its ends, where nothing was measured."""
+    """Bits at which `curve` (by rising rate) has this KL; None beyond its ends, where nothing was measured.
+
+    A KL at most `REACH` times beyond an end counts as measured: it is read off the line of the last two points.
+    """
+    if len(curve) > 1:
+        curve = [_extend(curve[1], curve[0], REACH), *curve, _extend(curve[-2], curve[-1], 1 / REACH)]
     for low, high in pairwise(curve):
         if low.kl >= kl >= high.kl > 0:
             if low.kl == high.kl:
@@ -26,6 +34,14 @@ def bits_at(curve: Sequence[Point], kl: float) -> float | None:
             share = math.log(low.kl / kl) / math.log(low.kl / high.kl)
             return low.bits + share * (high.bits - low.bits)
     return next((point.bits for point in curve if point.kl == kl), None)
+
+
+def _extend(inner: Point, end: Point, factor: float) -> Point:
+    """A point on the line from `inner` through `end`, where the KL is `factor` times that of `end`."""
+    if not (inner.kl > 0 and end.kl > 0 and inner.kl != end.kl):
+        return end
+    bits = end.bits + math.log(factor) * (end.bits - inner.bits) / math.log(end.kl / inner.kl)
+    return replace(end, bits=max(bits, 0.0), judged=replace(end.judged, kl=end.kl * factor))
 
 
 def ratios(curve: Sequence[Point], peer: Sequence[Point]) -> list[tuple[float, float]]:

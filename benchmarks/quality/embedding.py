@@ -21,6 +21,8 @@ from quality.measure import Values
 QUALITIES = ("small", "balanced", "near-lossless")
 SLOTS = 4096
 LARGEST = 127
+SMALLEST = 2.0**-20
+"""Probability of what was never seen, in the table of the single-rate code."""
 
 Integers = npt.NDArray[np.int16]
 Classes = npt.NDArray[np.uint8]
@@ -107,13 +109,13 @@ def _embedded_bits(part: Nested, tables: TableSet, level: int) -> float:
 
 
 def _single_bits(seen: Integers, new: Integers) -> float:
-    """Ideal bits of `new` under a table counted on `seen`, each symbol at least 1 of SLOTS; the rest escape."""
+    """Ideal bits of `new` under a table counted on `seen`, without the limits of a real table."""
     if not new.size:
         return 0.0
     largest = int(np.abs(seen).max(initial=0)) + 1
     escape = 2 * largest + 1
     counts = np.bincount(seen.astype(np.int64) + largest, minlength=escape + 1).astype(np.float64)
-    probabilities = np.maximum(counts / max(seen.size, 1), 1 / SLOTS)
+    probabilities = np.maximum(counts / max(seen.size, 1), SMALLEST)
     probabilities /= probabilities.sum()
     escaped = np.abs(new.astype(np.int64)) > largest
     symbols = np.where(escaped, escape, new.astype(np.int64) + largest)

@@ -35,11 +35,11 @@ def print_spans(
 ) -> None:
     """Span against rate at equal KL, decode cost, and what readers of parts pay."""
     print("\nSpan against rate at equal KL, and what readers pay (shares of near-lossless objects)")
-    heads = "".join(f"{f'bits @{name}':>18}" for name in levels)
+    heads = "".join(f"{f'bits @{name}':>20}" for name in levels)
     print(f"{'span':30}{heads}{'dec GB/s':>10}{'width':>7}{'one head':>10}{'layer group':>16}{'calibration':>13}")
     for name, cost in costs.items():
         rates = [bits_at(curves[name], kl) for kl in levels.values()]
-        cells = "".join(f"{'-' if bits is None else f'{bits:.3f}':>18}" for bits in rates)
+        cells = "".join(f"{'-' if bits is None else f'{bits:.3f}':>20}" for bits in rates)
         decode = next((point.decode_gb_s for point in curves[name] if point.setting == "near-lossless"), None)
         group = f"{cost.first_group:.3f} ({cost.layer_group})"
         size = f"{sizes[name] / 1e6:.1f} MB" if sizes.get(name) else "-"

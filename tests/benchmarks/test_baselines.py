@@ -150,7 +150,8 @@ def test_a_basis_of_more_numbers_than_samples_spans_the_samples(monkeypatch: pyt
 def test_rates_at_equal_kl_are_read_off_a_logarithmic_line() -> None:
     curves = curves_of([point("a", 3.0, 0.1), point("a", 1.0, 10.0), point("b", 2.0, 1.0)])
     assert bits_at(curves["a"], 1.0) == pytest.approx(2.0)
-    assert bits_at(curves["a"], 11.0) is None
+    assert bits_at(curves["a"], 11.0) == pytest.approx(2 - math.log10(11.0))  # little beyond an end
+    assert bits_at(curves["a"], 13.0) is None
     assert bits_at(curves["b"], 1.0) == 2.0
     assert ratios(curves["a"], curves["b"]) == [(1.0, pytest.approx(1.0))]
 
