@@ -139,6 +139,7 @@ class OurCoder {
     block.slots = tables_.slots();
     block.lanes = kLanes;
     std::fill_n(block.table, kLanes, tables_.slots_of(kClass));
+    set_bounds(block);
     for (std::uint64_t index = 0; index < kBlocks; ++index) {
       block.numbers = decoded_.data() + index * kTokens * kLanes;
       std::uint64_t done = pop_(from, states, block, 0, kTokens);
@@ -149,6 +150,19 @@ class OurCoder {
       if (done < kTokens) decode_base_portable(from, states, block, done, kTokens);
     }
     expect(!from.failed && from.read_to_the_end(), "our decoder did not end where the words end");
+  }
+
+  // As the codec does it: tables of few symbols are compared with, others looked up.
+  void set_bounds(BaseBlock& block) const {
+    const BaseBounds& bounds = tables_.bounds_of(kClass);
+    block.bound_count = bounds.count;
+    if (bounds.count > kMostBounds) return;
+    std::fill_n(block.first, kLanes, bounds.first);
+    for (std::uint32_t i = 0; i <= kMostBounds; ++i) {
+      const std::uint32_t from = i < bounds.count ? i : kMostBounds;
+      std::fill_n(block.bounds[i], kLanes, bounds.bounds[from]);
+      std::fill_n(block.entries[i], kLanes, bounds.entries[from]);
+    }
   }
 
   std::size_t size() const { return buffer_.data() + buffer_.size() - words_ + sizeof first_; }

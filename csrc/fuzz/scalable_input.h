@@ -19,15 +19,18 @@ struct TableArrays {
 
   ScalableTables build() const { return ScalableTables({first.data(), base[0], refine[0][0][0], shift[0]}); }
 
-  // Frequencies that halve every `reach[class]` symbols from 0 on: sound, and unlike each other.
+  // Sound tables, unlike each other: `reach` of a class says how slowly frequencies fall from 0 on, and with
+  // its top bit that there are 3 to 18 symbols alone (few are decoded in another way than many).
   void fill(std::span<const std::uint8_t> reach) {
     for (std::uint32_t k = 0; k < kClasses; ++k) {
-      const std::uint32_t slow = 1 + reach[k % reach.size()] % 64;
-      std::uint32_t left = 4096 - kBaseSymbols;
-      for (std::uint32_t step = 0; step < kBaseSymbols; ++step) {
+      const std::uint32_t of_class = reach[k % reach.size()], slow = 1 + of_class % 64;
+      const std::uint32_t symbols = of_class >> 7 ? 2 + of_class % 16 : kBaseEscape;
+      std::uint32_t left = kSlots - symbols - 1;
+      base[k][kBaseEscape] = 1;
+      for (std::uint32_t step = 0; step < symbols; ++step) {
         const std::uint32_t symbol = step % 2 == 0 ? 127 + step / 2 : 127 - (step + 1) / 2;
-        const std::uint32_t share = step + 1 < kBaseSymbols ? left / (slow + 1) : left;
-        base[k][symbol & 255] = static_cast<std::uint16_t>(1 + share);
+        const std::uint32_t share = step + 1 < symbols ? left / (slow + 1) : left;
+        base[k][symbol] = static_cast<std::uint16_t>(1 + share);
         left -= share;
       }
       for (std::uint32_t context = 0; context < kContexts; ++context) {
@@ -43,7 +46,7 @@ struct TableArrays {
 
 // Two fixed sets, and one for each other number: made of bytes of the input, of which some may damage it.
 inline std::unique_ptr<const ScalableTables> take_tables(Input& input, std::uint32_t which) {
-  static constexpr std::uint8_t kReach[][4] = {{1, 3, 9, 40}, {60, 2, 0, 17}};
+  static constexpr std::uint8_t kReach[][4] = {{128 + 1, 128 + 3, 9, 128 + 60}, {60, 128 + 2, 0, 17}};
   static constexpr std::array<std::uint8_t, kLevels> kFirst[] = {{40, 36, 30}, {46, 46, 1}};
   const auto arrays = std::make_unique<TableArrays>();
   if (which < 2) {
