@@ -61,6 +61,8 @@ def calibrate_documents(request: CalibrateRequest, settings: Settings) -> Report
     """Calibrate a namespace. Cheap checks come first, so that a wrong flag costs no minutes."""
     if request.dtype is not None and request.dtype not in DTYPES:
         raise InvalidArgumentError(f"unknown dtype {request.dtype!r}; use one of {', '.join(DTYPES)}")
+    if request.style.template_arguments and not request.style.chat:
+        raise InvalidArgumentError("--chat-argument is for the chat template; add --chat")
     if not request.documents:
         raise InvalidArgumentError("no documents given; name files, directories or globs of text")
     url = require_store(settings)
@@ -111,7 +113,7 @@ def calibrate_store(store: SyncKVStore, request: CalibrateRequest, sources: Sequ
     model = load_exact(find_model_directory(request.model), namespace)
     with WorkProgress("calibrate", count_work(sample, options, namespace.layout.layers), "token") as progress:
         calibration = calibrate(model, namespace, sample, options, progress.advance)
-    if not calibration.report["enough_tokens"]:
+    if calibration.report["rows"] < calibration.report["enough_rows"]:
         say(_too_few(calibration))
     data = calibration.to_bytes()
     digest = store.runtime.run(store.kv.calibrations.publish(data))
@@ -163,9 +165,10 @@ def _describe_namespace(store: SyncKVStore) -> None:
 
 def _too_few(calibration: Calibration) -> str:
     report = calibration.report
+    wanted = -(-report["tokens"] * report["enough_rows"] // report["rows"])
     return (
         f"warning: {report['tokens']:,} tokens are few for a transform of dimension {report['dimension']:,}; give "
-        f"{8 * report['dimension']:,} or more, or a smaller --layer-group, or --span head"
+        f"{wanted:,} or more, or a smaller --layer-group, or --span head"
     )
 
 
