@@ -42,7 +42,7 @@ from kvstore_s3.connectors.pretrained import load_model, load_tokenizer
 ASSETS = Path(os.environ.get("KVSTORE_S3_TEST_ASSETS", Path(__file__).parent.parent.parent / "shared"))
 LONG_CONTEXT = 3 * CHUNK
 SPANS = ("channel", "head", "all")
-"""Besides the default one."""
+"""Besides the default one; the last is the widest."""
 MOST_REFERENCE = 2**29
 """Numbers kept of the exact predictions: with a large vocabulary, fewer windows are judged."""
 LEARNED_CHUNKS = 192
@@ -79,18 +79,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ASSETS / "models" / "books8M", help="directory of a model")
     parser.add_argument("--texts", type=Path, default=ASSETS / "text", help="folder of .txt files, or one such file")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows to judge (default: 32)")
+    parser.add_argument("--spans", default=",".join(SPANS), help="spans besides the default one (default: %(default)s)")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise SystemExit(f"expected a model directory, found no {arguments.model / 'config.json'}; give MODEL=dir")
-    Run(arguments.model, arguments.texts, arguments.windows).measure_all()
+    Run(arguments.model, arguments.texts, arguments.windows, arguments.spans.split(",")).measure_all()
 
 
 class Run:
     """One model, measured."""
 
-    def __init__(self, model: Path, texts: Path, windows: int) -> None:
+    def __init__(self, model: Path, texts: Path, windows: int, spans: list[str]) -> None:
         self.clock = Clock()
         self.name = model.resolve().name
+        self.spans = spans
         self.model = load_model(str(model), "float32")
         self.namespace = namespace_of(self.model)
         self.corpus = read_corpus(model, self.model, texts, windows)
@@ -112,7 +114,7 @@ class Run:
     def calibrate(self) -> list[Mode]:
         """The default span first."""
         modes: list[Mode] = []
-        for span in (None, *SPANS):
+        for span in (None, *self.spans):
             modes.append(calibrate_span(self.model, self.namespace, self.corpus, span, MOST_DIMENSIONS))
             self.clock.note(f"calibrated {modes[-1].name}, {len(modes[-1].artefact or b'') / 1e6:.2f} MB")
         return modes

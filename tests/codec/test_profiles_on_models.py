@@ -18,6 +18,8 @@ from kvstore_s3.objectstore.memory import MemoryStore
 
 ASSETS = Path(os.environ.get("KVSTORE_S3_TEST_ASSETS", Path(__file__).resolve().parents[3] / "shared"))
 CONTEXT, LENGTH = 256, 383
+pytestmark = pytest.mark.timeout(300)  # half a minute of work, which a busy machine stretches
+
 LEVELS = {"small": 1, "balanced": 2, "near-lossless": 3}
 
 
