@@ -138,7 +138,12 @@ class Reader:
             await self.objects.get_range(object_key, part.start, into)
 
     def _parse_header(self, data: memoryview, identity: Identity) -> Header:
-        return parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
+        header = parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
+        levels = count_levels(header.table)
+        if not self.quality.is_met_by(header.table.profile, levels):
+            found = f"the object has {levels} levels, profile {self.quality.name!r} needs {self.quality.levels}"
+            raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
+        return header
 
     async def _find_calibration(self, header: Header) -> Calibration | None:
         if header.calibration is None:

@@ -12,6 +12,7 @@ from kvstore_s3.load import LOST, MissingCalibrationError, StoredChunk, run_all
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.quality import Quality
 from kvstore_s3.section_index import PROFILES
+from kvstore_s3.transfer.ranges import count_levels
 
 log = logging.getLogger("kvstore_s3")
 
@@ -80,7 +81,7 @@ class ChunkFinder:
             except DamagedObjectError:
                 pass  # a hint is only a hint: the header decides
             else:
-                if table.object_length == info.size:
+                if table.object_length == info.size and self._quality.is_met_by(table.profile, count_levels(table)):
                     return StoredChunk(info.key, identity, table, None, first_token)
         data = bytearray(min(_HEADER_GUESS, info.size))
         await self._objects.get_range(info.key, 0, memoryview(data))
@@ -96,15 +97,15 @@ class ChunkFinder:
         return StoredChunk(info.key, identity, header.table, header, first_token)
 
     def _is_accepted(self, header: Header) -> bool:
-        """Whether the quality wanted accepts the object's profile; that one is not is said once."""
+        """Whether the object is as good as the quality wanted; that one is not is said once for each profile."""
         profile = header.table.profile
-        if profile in {PROFILES[name] for name in self._quality.accepts}:
+        if self._quality.is_met_by(profile, count_levels(header.table)):
             return True
         if profile not in self._told:
             self._told.add(profile)
             name = next(name for name, number in PROFILES.items() if number == profile)
             log.info(
-                "there are %s objects in the store; for profile %r they are misses, and are replaced by what is saved",
+                "there are %s objects in the store that profile %r cannot use: they are misses, and saves replace them",
                 name,
                 self._quality.name,
             )

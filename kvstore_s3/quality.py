@@ -30,6 +30,11 @@ class Quality:
     def lossy(self) -> bool:
         return self.object_profile != "lossless"
 
+    def is_met_by(self, profile: int, levels: int) -> bool:
+        """Whether an object of header profile `profile` with `levels` levels is as good as was asked for, or better."""
+        name = _PROFILE_NAMES[profile]
+        return name in self.accepts and (name != "scalable" or levels >= self.levels)
+
 
 def _define(name: str, object_profile: str, levels: int) -> tuple[str, Quality]:
     return name, Quality(name, object_profile, levels, frozenset({"lossless", object_profile}))

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from codec.calibrations import make_calibration
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.calibrations import Calibrations, artefact_key, current_key
 from kvstore_s3.codec.calibration import Calibration, calibration_digest
+from kvstore_s3.codec.scalable import encode_scalable
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.objectstore.memory import MemoryStore
@@ -472,3 +474,20 @@ async def test_cachegen_objects_are_for_readers_of_cachegen_alone(url: str) -> N
         assert (await store.save(TOKENS, kv)).chunks_new == 4
     async with open_store(url, "cachegen") as store:
         assert not await store.lookup(TOKENS)
+
+
+@pytest.mark.parametrize("hint", [True, False])
+async def test_an_object_with_fewer_levels_than_asked_for_is_a_miss_and_is_replaced(
+    url: str, hint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as other_writer:
+        other_writer.setattr("kvstore_s3.encode.encode_scalable", partial(encode_scalable, levels=1))
+        if not hint:
+            other_writer.setattr("kvstore_s3.store.encode_hint", lambda table: None)
+        kv = await fill(url, "small")
+    async with open_store(url, "small") as store:
+        assert (await store.lookup(TOKENS)).quality == "small"
+    async with open_store(url, "balanced") as store:
+        assert not await store.lookup(TOKENS)
+        assert (await store.save(TOKENS, kv)).chunks_new == WHOLE // CHUNK
+        assert (await store.lookup(TOKENS)).tokens == WHOLE
