@@ -90,6 +90,22 @@ def test_damage_is_computed_instead_and_mended(plain: Any, warmed: tuple[Path, A
     assert len(run.log_lines("Recovered from KV load failure")) == 2, "vLLM computes instead, whatever its policy was"
 
 
+def test_a_lossy_profile_is_saved_and_loaded_and_said(plain: Any, run_engine: Any, tmp_path: Path):
+    run = run_engine(
+        [[FIRST], [SHORT], [FIRST]],
+        store=f"file://{tmp_path}/store",
+        extra={"profile": "near-lossless"},
+        enable_prefix_caching=False,
+    )
+    assert run.tokens[0] == plain.tokens[0], "nothing was loaded for the first"
+    assert run.cached == [[0], [0], [512]]
+    assert run.count("kvstore_tokens_loaded") == 512
+    assert run.count("kvstore_loads_failed") == 0
+    assert len(run.log_lines("near-lossless (uncalibrated)")) >= 1
+    size = sum(path.stat().st_size for path in objects_in(tmp_path))
+    assert size < 512 * 4 * 2 * 4 * 64 * 8 / 8, "fewer than 8 bits a value"
+
+
 def test_a_store_that_refuses_connections_changes_nothing_but_one_line(plain: Any, run_engine: Any):
     refused = run_engine(
         [[FIRST], [ALIGNED], [SHORT], SHARING],

@@ -56,7 +56,7 @@ def test_the_profile_is_the_settings_unless_it_is_given(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("profile", ["smal", "", None, 2])
 def test_an_unknown_profile_is_refused_with_those_there_are(profile: object):
-    with pytest.raises(InvalidArgumentError, match="unknown profile .* lossless, near-lossless, balanced, small"):
+    with pytest.raises(InvalidArgumentError, match=r"unknown profile .* lossless, near-lossless, balanced, small"):
         parse(store="file:///x", profile=profile)
 
 
