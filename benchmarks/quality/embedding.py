@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 
 from kvstore_s3.codec.calibration import Calibration
-from kvstore_s3.codec.stream_map import calibrated_map
 from kvstore_s3.codec.tables import CLASSES, TableSet, fit_tables
 from quality.kvtc import rotate
 from quality.measure import Values
@@ -62,10 +61,19 @@ def integers_of(calibration: Calibration, chunks: Values) -> list[Part]:
         heads = slice(None) if calibration.span == "all" else slice(head, head + 1)
         mean = torch.from_numpy(calibration.unit_mean(group, head))
         x = turned[:, begin:end, :, :, heads].permute(0, 3, 4, 1, 2, 5).reshape(-1, len(mean))
-        stream = calibrated_map(calibration, group, head)
-        y = stream.analyse((x - mean).contiguous().numpy())
-        parts.append((np.rint(y).clip(-32000, 32000).astype(np.int16), stream.classes))
+        unit = calibration.units[group, head]
+        y = _analyse(unit.encode_matrix, x - mean).numpy()
+        parts.append((np.rint(y).clip(-32000, 32000).astype(np.int16), unit.classes))
     return parts
+
+
+def _analyse(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Components [rows, n'] of x [rows, n]; a matrix for all, one for each block, or a factor for each number."""
+    if matrix.ndim == 1:
+        return x * matrix
+    if matrix.ndim == 2:
+        return x @ matrix.T
+    return torch.einsum("rbn,bcn->rbc", x.unflatten(1, (len(matrix), -1)), matrix).flatten(1)
 
 
 def nest(part: Part, first: tuple[int, int, int]) -> Nested:
