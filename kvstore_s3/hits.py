@@ -17,18 +17,28 @@ if TYPE_CHECKING:
 class Hit:
     """The longest stored prefix of a prompt: `chunks` whole chunks of `chunk_tokens` tokens. Falsy when nothing is.
 
-    `qualities` names what each chunk is read at: "lossless", "near-lossless", "balanced", "small" or "cachegen".
+    `expected` is `qualities` as the lookup saw them.
     """
 
     chunks: tuple[StoredChunk, ...]
     chunk_tokens: int
-    qualities: tuple[str, ...] = ()
-    _learned: MutableMapping[bytes, bool] = field(default_factory=dict, compare=False, repr=False)
-    """Chunk key -> whether its object names a calibration, as far as `load` and `stream` have read headers."""
+    expected: tuple[str, ...] = ()
+    _learned: MutableMapping[bytes, tuple[str, bool | None]] = field(default_factory=dict, compare=False, repr=False)
+    """Chunk key -> quality, and whether its object names a calibration, as `load` and `stream` found them."""
 
     @property
     def tokens(self) -> int:
         return len(self.chunks) * self.chunk_tokens
+
+    @property
+    def qualities(self) -> tuple[str, ...]:
+        """What each chunk is read at: "lossless", "near-lossless", "balanced", "small" or "cachegen".
+
+        Another writer may replace an object after the lookup: `load` and `stream` tell what they met, and this answers
+        anew once they have.
+        """
+        known = zip(self.chunks, self.expected, strict=True)
+        return tuple(self._learned.get(chunk.identity.key, (expected, None))[0] for chunk, expected in known)
 
     @property
     def quality(self) -> str:
@@ -42,11 +52,13 @@ class Hit:
         None too where only an object's metadata was read so far, which does not tell: `load` and `stream` read the
         headers, and this answers anew once they have.
         """
-        return tuple(self._learned.get(chunk.identity.key, chunk.calibrated) for chunk in self.chunks)
+        known = (self._learned.get(chunk.identity.key, ("", chunk.calibrated)) for chunk in self.chunks)
+        return tuple(calibrated for _, calibrated in known)
 
-    def learn(self, read: Iterable[StoredChunk]) -> None:
+    def learn(self, read: Iterable[StoredChunk], qualities: Iterable[str]) -> None:
         """Note what the headers of `read` told; for `load` and `stream`."""
-        self._learned.update((c.identity.key, c.calibrated) for c in read if c.calibrated is not None)
+        told = zip(read, qualities, strict=True)
+        self._learned.update((chunk.identity.key, (quality, chunk.calibrated)) for chunk, quality in told)
 
     def describe_quality(self) -> str:
         """`quality` as people read it: "balanced (uncalibrated)" where a chunk is known to have no calibration."""
@@ -58,7 +70,7 @@ class Hit:
     def cut(self, tokens: int) -> Hit:
         """The hit's first whole chunks within `tokens` tokens."""
         count = max(tokens, 0) // self.chunk_tokens
-        return Hit(self.chunks[:count], self.chunk_tokens, self.qualities[:count], self._learned)
+        return Hit(self.chunks[:count], self.chunk_tokens, self.expected[:count], self._learned)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from kvstore_s3.bitstream import HINT_NAME, Header, Identity, decode_hint, parse_header, read_header_length
 from kvstore_s3.errors import DamagedObjectError
@@ -13,6 +14,9 @@ from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.quality import Quality
 from kvstore_s3.section_index import PROFILES
 from kvstore_s3.transfer.ranges import count_levels
+
+if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
 
 log = logging.getLogger("kvstore_s3")
 
@@ -32,20 +36,31 @@ class ChunkFinder:
     object of a profile that `quality` does not accept counts as lost too: a save replaces it.
     """
 
-    def __init__(self, objects: ObjectStore, quality: Quality, *, concurrency: int, verdict_lifetime_s: float) -> None:
+    def __init__(
+        self,
+        objects: ObjectStore,
+        quality: Quality,
+        *,
+        find_calibration: Callable[[bytes], Awaitable[Calibration | None]],
+        concurrency: int,
+        verdict_lifetime_s: float,
+    ) -> None:
         self._objects = objects
         self._quality = quality
+        self._find_calibration = find_calibration
         self._concurrency = concurrency
         self._verdict_lifetime_s = verdict_lifetime_s
         self._lost: dict[bytes, float] = {}
         self._told: set[int] = set()
 
     async def find_all(
-        self, identities: Sequence[Identity], *, stop_at_miss: bool, first_token: int = 0
+        self, identities: Sequence[Identity], *, stop_at_miss: bool, thorough: bool, first_token: int = 0
     ) -> list[StoredChunk | None]:
         """One answer for each chunk, in order, the first at position `first_token` of its prompt.
 
-        With `stop_at_miss`, those behind the first miss may be None.
+        With `stop_at_miss`, those behind the first miss may be None. `thorough` reads the header of each scalable
+        object, which alone names its calibration: one whose calibration is not at hand is a miss here, and not only
+        when it is loaded.
         """
         found: list[StoredChunk | None] = [None] * len(identities)
         limit = len(identities)
@@ -56,24 +71,26 @@ class ChunkFinder:
             while position < limit:
                 index, position = position, position + 1
                 position_in_prompt = first_token + index * identities[index].tokens
-                found[index] = await self._find(identities[index], position_in_prompt)
+                found[index] = await self._find(identities[index], position_in_prompt, thorough)
                 if found[index] is None and stop_at_miss:
                     limit = min(limit, index)
 
         await run_all([work() for _ in range(min(self._concurrency, len(identities)))])
         return found
 
-    async def _find(self, identity: Identity, first_token: int) -> StoredChunk | None:
+    async def _find(self, identity: Identity, first_token: int, thorough: bool) -> StoredChunk | None:
         if self.is_lost(identity):
             return None
         try:
             info = await self._objects.head(object_key(identity))
-            return None if info is None else await self._inspect(info, identity, first_token)
+            return None if info is None else await self._inspect(info, identity, first_token, thorough)
         except LOST as error:
             self.lose(identity, error)
             return None
 
-    async def _inspect(self, info: ObjectInfo, identity: Identity, first_token: int) -> StoredChunk | None:
+    async def _inspect(
+        self, info: ObjectInfo, identity: Identity, first_token: int, thorough: bool
+    ) -> StoredChunk | None:
         hint = info.metadata.get(HINT_NAME)
         if hint is not None:
             try:
@@ -81,7 +98,9 @@ class ChunkFinder:
             except DamagedObjectError:
                 pass  # a hint is only a hint: the header decides
             else:
-                if table.object_length == info.size and self._quality.is_met_by(table.profile, count_levels(table)):
+                enough = not thorough or table.profile != PROFILES["scalable"]
+                fits = table.object_length == info.size
+                if enough and fits and self._quality.is_met_by(table.profile, count_levels(table)):
                     return StoredChunk(info.key, identity, table, None, first_token)
         data = bytearray(min(_HEADER_GUESS, info.size))
         await self._objects.get_range(info.key, 0, memoryview(data))
@@ -91,10 +110,13 @@ class ChunkFinder:
             await self._objects.get_range(info.key, 0, memoryview(data))
         header = parse_header(data, identity, profiles=PROFILES, calibrations=None)
         header.table.check_object_length(info.size)
-        if not self._is_accepted(header):
+        if not self._is_accepted(header) or (thorough and not await self._is_decodable(header)):
             self._withdraw(identity)
             return None
         return StoredChunk(info.key, identity, header.table, header, first_token)
+
+    async def _is_decodable(self, header: Header) -> bool:
+        return header.calibration is None or await self._find_calibration(header.calibration) is not None
 
     def _is_accepted(self, header: Header) -> bool:
         """Whether the object is as good as the quality wanted; that one is not is said once for each profile."""

@@ -79,8 +79,8 @@ class SyncKVStore:
     def namespace(self) -> Namespace:
         return self.kv.namespace
 
-    def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None) -> Hit:
-        return self.runtime.run(self.kv.lookup(token_ids, salt=salt))
+    def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
+        return self.runtime.run(self.kv.lookup(token_ids, salt=salt, thorough=thorough))
 
     def load(self, hit: Hit) -> torch.Tensor:
         return self.runtime.run(self.kv.load(hit))

@@ -65,6 +65,7 @@ class KVStore:
         self._finder = ChunkFinder(
             self.objects,
             self.quality,
+            find_calibration=self.calibrations.find,
             concurrency=settings.lookup_concurrency,
             verdict_lifetime_s=settings.verdict_lifetime_s,
         )
@@ -111,21 +112,23 @@ class KVStore:
         await self.objects.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None) -> Hit:
+    async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
         """The longest unbroken stored prefix of `token_ids`, in whole chunks.
 
         Asks for all chunks at once, at most `lookup_concurrency` in flight; what lies behind the first miss is not
-        waited for any longer than what is in flight. Raises `StoreError` where the store does not answer.
+        waited for any longer than what is in flight. `thorough` is for those who will not load the hit: it reads
+        the headers of scalable objects too, and ends the hit before one whose calibration is not in the store. Raises
+        `StoreError` where the store does not answer.
         """
-        found = await self._finder.find_all(self._identities(token_ids, salt), stop_at_miss=True)
+        found = await self._finder.find_all(self._identities(token_ids, salt), stop_at_miss=True, thorough=thorough)
         length = next((index for index, chunk in enumerate(found) if chunk is None), len(found))
         chunks = tuple(chunk for chunk in found[:length] if chunk is not None)
         return self.make_hit(chunks)
 
     def make_hit(self, chunks: Sequence[StoredChunk]) -> Hit:
         """A hit of chunks that a lookup found, in this process or another, for this store's `load` and `stream`."""
-        qualities = tuple(chunk.quality(self.quality) for chunk in chunks)
-        return Hit(tuple(chunks), self.namespace.chunk_tokens, qualities)
+        expected = tuple(chunk.quality(self.quality) for chunk in chunks)
+        return Hit(tuple(chunks), self.namespace.chunk_tokens, expected)
 
     async def load(self, hit: Hit) -> torch.Tensor:
         """The hit's KV [layers, 2, tokens, kv_heads, head_dim]: bit for bit what was saved, or at `hit.quality`.
@@ -156,10 +159,10 @@ class KVStore:
         """Store the whole chunks of `token_ids` that `kv` covers and that are not there yet.
 
         `kv` [layers, 2, tokens, kv_heads, head_dim] in the layout's dtype holds the tokens from `first_token` (a chunk
-        boundary) on, and must not change until the call returns. An object found damaged before, or of a profile that
-        the store's does not accept, is replaced and counts as new. A scalable profile uses the namespace's current
-        calibration, where it has one. Raises `StoreError` where the store fails; what was written by then is whole and
-        stays.
+        boundary) on, and must not change until the call returns. An object found damaged before, of a profile that the
+        store's does not accept, or coded with a calibration that is not there is replaced, and counts as new. A
+        scalable profile uses the namespace's current calibration, where it has one. Raises `StoreError` where the
+        store fails; what was written by then is whole and stays.
         """
         tokens = as_token_array(token_ids)
         self._check_boundary(first_token)
@@ -167,7 +170,7 @@ class KVStore:
         size = self.namespace.chunk_tokens
         first = first_token // size
         chunks = self._identities(tokens, salt)[first : first + kv.shape[2] // size]
-        found = await self._finder.find_all(chunks, stop_at_miss=False, first_token=first_token)
+        found = await self._finder.find_all(chunks, stop_at_miss=False, thorough=True, first_token=first_token)
         missing = [index for index, chunk in enumerate(found) if chunk is None]
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
         encoding = await self._choose_encoding() if missing else None
@@ -239,7 +242,7 @@ class KVStore:
         """Quality of each chunk that was read, and whether it is calibrated; complete the hit, say lossy use once."""
         qualities = tuple(chunk.quality(self.quality) for chunk in read)
         calibrated = tuple(chunk.calibrated for chunk in read)
-        hit.learn(read)
+        hit.learn(read, qualities)
         worst = worst_quality(qualities)
         if worst != "lossless" and not self._told_lossy:
             self._told_lossy = True

@@ -262,6 +262,26 @@ async def test_a_lossy_reader_takes_lossless_objects_and_replaces_none(url: str)
     assert error_of(loaded, kv) > 0
 
 
+@pytest.mark.parametrize(("before", "after"), [("lossless", "balanced"), ("balanced", "lossless")])
+async def test_a_hit_tells_the_quality_of_what_was_read_and_not_of_what_was_found(
+    url: str, before: str, after: str
+) -> None:
+    kv = torch.zeros_like(draw_kv())
+    noise = torch.randint(-(2**15), 2**15, kv.shape, dtype=torch.int16).view(kv.dtype)
+    async with open_store(url, before) as store:
+        await store.save(TOKENS, kv)
+    async with open_store(url, "balanced") as store:
+        hit = await store.lookup(TOKENS)
+        assert hit.quality == before
+        for chunk in hit.chunks[:2]:
+            await store.objects.delete(chunk.object_key)
+        async with open_store(url, after) as other:  # longer objects: a shorter one in their place ends the hit
+            await other.save(TOKENS[: 2 * CHUNK], noise[:, :, : 2 * CHUNK])
+        assert (await store.load(hit)).shape[2] == WHOLE
+        assert hit.qualities == (after, after, before, before)
+        assert hit.calibrated == tuple(None if name == "lossless" else False for name in hit.qualities)
+
+
 async def test_the_header_decides_what_is_accepted_where_there_is_no_hint(url: str) -> None:
     await fill(url, "balanced")
     async with open_store(url, "lossless") as store:
@@ -376,6 +396,19 @@ async def test_without_its_calibration_an_object_is_a_miss_said_once_and_stored_
     said = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 1
     assert digest.hex()[:16] in said[0]
+
+
+async def test_who_will_not_load_learns_that_a_calibration_is_missing_too(url: str, artefact: bytes) -> None:
+    digest = await publish(url, artefact)
+    kv = await fill(url, "balanced")
+    async with open_store(url, "balanced") as store:
+        assert await store.lookup(TOKENS, thorough=True)
+        await store.objects.delete(artefact_key(NAMESPACE.hex, digest))
+    async with open_store(url, "balanced") as store:
+        assert not await store.lookup(TOKENS, thorough=True)
+    async with open_store(url, "small") as store:
+        saved = await store.save(TOKENS, kv)
+        assert (saved.chunks_new, saved.calibrated) == (4, False), "a save needs no load before it to mend"
 
 
 async def test_the_hit_ends_before_the_object_that_lacks_its_calibration(url: str, artefact: bytes) -> None:

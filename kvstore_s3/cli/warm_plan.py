@@ -94,7 +94,7 @@ class Planner:
                 f"has {prompt.request_tokens:,} tokens with all that goes around it, the model's context is "
                 f"{self._context:,} with question and answer; split it",
             )
-        lookup = self._store.runtime.submit(self._store.kv.lookup(prompt.tokens, salt=self._salt))
+        lookup = self._store.runtime.submit(self._store.kv.lookup(prompt.tokens, salt=self._salt, thorough=True))
         self._lookups.append((document.name, prompt.tokens, lookup))
         if len(self._lookups) > LOOKUPS_AHEAD:
             self._finish(plan)

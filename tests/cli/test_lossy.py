@@ -244,6 +244,17 @@ def test_objects_without_their_calibration_are_reported_deleted_and_stored_again
     assert verify(cli, tmp_path, "--decode").code == 0
 
 
+def test_a_warm_stores_what_lacks_its_calibration_again(
+    calibrated: Path, warm: Cli, docs: Path, cli: Cli, tmp_path: Path
+) -> None:
+    calibrated.unlink()
+    planned = warm(docs, "--profile", "balanced", "--dry-run", "--json").json
+    assert (planned["chunks_missing"], planned["chunks_present"]) == (len(stored_objects(tmp_path)), 0)
+    again = warm(docs, "--profile", "balanced", "--json")
+    assert (again.json["chunks_new"], again.json["calibrated"]) == (len(stored_objects(tmp_path)), False)
+    assert verify(cli, tmp_path, "--decode").json["lacking_calibration"] == []
+
+
 def test_a_damaged_calibration_json_is_damage(calibrated: Path, cli: Cli, tmp_path: Path) -> None:
     named = calibrated.parent.parent / "calibration.json"
     for document in (b"{", json.dumps({"digest": "0" * 64}).encode(), b""):

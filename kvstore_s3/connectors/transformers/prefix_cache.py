@@ -161,7 +161,7 @@ class PrefixCache:
         check_weights(self.model, self.store.namespace)
         prompt = prompt[:, : self._whole(prompt.shape[1])]
         tokens, size = prompt.shape[1], self.store.namespace.chunk_tokens
-        hit = self.store.lookup(prompt[0], salt=salt) if tokens else None
+        hit = self.store.lookup(prompt[0], salt=salt, thorough=True) if tokens else None
         if hit is None or hit.tokens == tokens:
             _report(progress, tokens)
             return Saved(0, tokens // size, 0, self.store.kv.quality.name)
