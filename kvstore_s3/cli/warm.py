@@ -20,6 +20,7 @@ from kvstore_s3.cli.warm_report import WarmResult, report_warm
 from kvstore_s3.errors import InvalidArgumentError, StoreError
 from kvstore_s3.layout import DTYPES
 from kvstore_s3.namespace import Namespace
+from kvstore_s3.quality import find_quality
 
 if TYPE_CHECKING:
     from kvstore_s3.config import Settings
@@ -60,7 +61,7 @@ def warm_documents(options: WarmOptions, settings: Settings) -> Report:
         options.model, dtype=options.dtype, chunk_tokens=settings.chunk_tokens, cache_dir=settings.cache_dir
     )
     pretrained.check_computable(namespace.layout.dtype)
-    with connect(url, namespace, settings) as store:
+    with connect(url, namespace, _read_the_best(settings)) as store:
         tokenizer = pretrained.load_tokenizer(options.model)
         check_template(tokenizer, style, options.model)
         if writes_date(tokenizer, style):
@@ -72,11 +73,17 @@ def warm_documents(options: WarmOptions, settings: Settings) -> Report:
         result = WarmResult(plan, namespace, store.kv.objects.url, settings.profile, options.dry_run)
         calibrate = bool(plan.missing_tokens) and wants_calibration(store, options, settings)
         if calibrate:
-            calibrate_first(store, options, style, sources)
+            calibrate_first(store, options, style, sources, settings.profile)
         if not options.dry_run:
             _store_plan(plan, store, options, result)
         result.seconds = time.monotonic() - start
         return report_warm(result)
+
+
+def _read_the_best(settings: Settings) -> Settings:
+    """A scalable object holds every quality: what a warm builds on is read at the best, lest it ends in others' KV."""
+    scalable = find_quality(settings.profile).object_profile == "scalable"
+    return settings.model_copy(update={"profile": "near-lossless"}) if scalable else settings
 
 
 def _store_plan(plan: Plan, store: SyncKVStore, options: WarmOptions, result: WarmResult) -> None:

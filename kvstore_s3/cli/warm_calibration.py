@@ -34,7 +34,7 @@ def wants_calibration(store: SyncKVStore, options: WarmOptions, settings: Settin
 
     `options.calibrate` decides; without it a terminal is asked, and anybody else told the command to run.
     """
-    quality = store.kv.quality
+    quality = find_quality(settings.profile)
     if quality.object_profile != "scalable" or store.runtime.run(store.kv.calibrations.current()) is not None:
         return False
     if options.calibrate is None and not options.dry_run and _may_ask(options.documents):
@@ -48,7 +48,9 @@ def wants_calibration(store: SyncKVStore, options: WarmOptions, settings: Settin
     return False
 
 
-def calibrate_first(store: SyncKVStore, options: WarmOptions, style: PromptStyle, sources: Sequence[Path]) -> None:
+def calibrate_first(
+    store: SyncKVStore, options: WarmOptions, style: PromptStyle, sources: Sequence[Path], profile: str
+) -> None:
     """Learn a calibration from the documents of this warm, and make it the one that is used from now on."""
     from kvstore_s3.cli.calibrate import CalibrateRequest, calibrate_store
 
@@ -60,10 +62,10 @@ def calibrate_first(store: SyncKVStore, options: WarmOptions, style: PromptStyle
         dtype=options.dtype,
     )
     result = calibrate_store(store, request, sources)
-    bits = result.calibration.report["bits_per_value"][store.kv.quality.name]
+    bits = result.calibration.report["bits_per_value"][profile]
     say(
         f"calibration {result.digest.hex()[:16]} learned in {format_seconds(result.seconds)}; "
-        f"{store.kv.quality.name} takes {bits:.2f} bits a value with it"
+        f"{profile} takes {bits:.2f} bits a value with it"
     )
 
 

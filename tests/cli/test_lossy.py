@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli.conftest import CHUNK, Cli, Ran, store_url, stored_objects
 from cli.tokenizer_zoo import corpus
 from codec.calibrations import make_calibration
 
-from kvstore_s3 import Namespace
+from kvstore_s3 import Hit, KVStore, Namespace
 from kvstore_s3.cli.inventory import parse_name
 
 VALUES = CHUNK * 2 * 2 * 2 * 16
@@ -90,6 +91,26 @@ def test_a_lossless_warm_replaces_what_a_lossy_one_stored(warm: Cli, docs: Path)
     assert lossless["chunks_new"] == lossy["chunks_new"]
     assert lossless["bytes"] > lossy["bytes"]
     assert warm(docs, "--profile", "small", "--json").json["chunks_new"] == 0, "lossless objects serve any quality"
+
+
+def test_a_warm_builds_on_the_best_that_is_stored_whatever_its_profile_reads(
+    warm: Cli, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `small` adds to a prefix is read by others as near-lossless, so it must not come from a small prefix."""
+    (tmp_path / "part.txt").write_text(corpus()[:1500])
+    (tmp_path / "whole.txt").write_text(corpus()[:3000])
+    assert warm(tmp_path / "part.txt", "--profile", "small").code == 0
+    read: list[str] = []
+    real = KVStore.load
+
+    async def load(self: KVStore, hit: Hit) -> torch.Tensor:
+        read.extend(hit.qualities)
+        return await real(self, hit)
+
+    monkeypatch.setattr(KVStore, "load", load)
+    ran = warm(tmp_path / "whole.txt", "--profile", "small", "--json")
+    assert (ran.code, ran.json["profile"], ran.json["calibrated"]) == (0, "small", False)
+    assert set(read) == {"near-lossless"}
 
 
 def test_the_profile_may_be_a_setting(warm: Cli, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
