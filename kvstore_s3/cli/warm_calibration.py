@@ -65,7 +65,7 @@ def calibrate_first(
     bits = result.calibration.report["bits_per_value"][profile]
     say(
         f"calibration {result.digest.hex()[:16]} learned in {format_seconds(result.seconds)}; "
-        f"{profile} takes {bits:.2f} bits a value with it"
+        f"a reader of {profile} fetches {bits:.2f} bits a value with it"
     )
 
 

@@ -10,7 +10,7 @@ from kvstore_s3.cli import exits
 from kvstore_s3.cli.output import Report, count_noun, format_bytes, format_seconds
 from kvstore_s3.cli.warm_plan import Plan
 from kvstore_s3.namespace import Namespace
-from kvstore_s3.quality import describe_quality
+from kvstore_s3.quality import describe_quality, find_quality
 
 
 @dataclass(slots=True)
@@ -116,7 +116,9 @@ def _describe_bytes(result: WarmResult) -> str:
         return "nothing new"
     ratio = result.raw_new / result.bytes_new
     size, raw = format_bytes(result.bytes_new), format_bytes(result.raw_new)
-    return f"{size} for {raw} of KV: ratio {ratio:.2f}, {result.bits_per_value:.2f} bits a value"
+    scalable = find_quality(result.profile).object_profile == "scalable"
+    what = ", near-lossless, balanced and small together" if scalable else ""
+    return f"{size} for {raw} of KV: ratio {ratio:.2f}, {result.bits_per_value:.2f} bits a value{what}"
 
 
 def _describe_time(result: WarmResult) -> str:

@@ -80,6 +80,8 @@ def test_a_lossy_warm_stores_less_and_says_how_it_can_be_better(
     assert command[2:] == [
         str(docs), "--model", str(tiny_model), "--store", store_url(tmp_path), "--chunk-tokens", str(CHUNK)
     ]  # fmt: skip
+    shown = warm(docs, "--profile", "small", "--salt", "another")
+    assert "bits a value, near-lossless, balanced and small together" in shown.out, "not what a reader of small fetches"
     shown = warm(docs, "--profile", "small")
     assert shown.code == 0
     assert "0 new" in shown.out, "what balanced stored serves small"
