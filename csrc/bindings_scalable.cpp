@@ -43,7 +43,9 @@ void create_tables(kvs::ScalableTables* self, const Octets& first, const Array<c
 template <typename Value>
 kvs::Components<Value> components_of(const Array<Value, 2>& y, const Octets& classes) {
   expect(y.shape(0) > 0 && y.shape(1) > 0, "y has at least one token and one component");
-  expect(y.shape(0) <= kvs::kMaxExtent && y.shape(1) <= kvs::kMaxExtent, "y has no axis beyond 2^20");
+  expect(y.shape(0) <= kvs::kMaxExtent, "y has no more than 2^20 tokens");
+  // Layers, K and V, and head dims up to their limits: 2 * 2^12 * 2^12 numbers of one head.
+  expect(y.shape(1) <= 32 * std::size_t{kvs::kMaxExtent}, "y has no more than 2^25 components");
   expect(classes.size() == y.shape(1), "there is one class for each component of y");
   return {y.data(), y.shape(0), y.shape(1)};
 }

@@ -51,8 +51,9 @@ struct RotaryTables {
 };
 
 // x is [token][head][layer][kind][dim]: the values as float with the rotation of K undone, minus the mean (of
-// one token; may be null). A token with a NaN or an infinity gets a row of zeros and a 1 in `unfit`.
-// `Bits` is std::uint16_t or std::uint32_t, as the dtype wants it.
+// one token; may be null). A token with a NaN, an infinity or a value of half the dtype's range or more,
+// which could come back as an infinity, gets a row of zeros and a 1 in `unfit`. `Bits` is std::uint16_t or
+// std::uint32_t, as the dtype wants it.
 template <typename Bits>
 void prepare_scalable(const SectionView<const Bits>& values, Dtype dtype, const float* mean,
                       const RotaryTables& rotary, float* x, std::uint8_t* unfit, Implementation how);

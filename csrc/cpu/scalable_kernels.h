@@ -28,7 +28,8 @@ struct ScalableKernels {
   // row[i] = stage[place[i]]
   void (*spread)(const float* stage, const std::uint32_t* place, std::uint64_t count, float* row);
 
-  // Bit patterns to floats; answers whether one is NaN or infinite.
+  // Bit patterns to floats; answers whether one is NaN, infinite or has the largest exponent that there is:
+  // turning or rounding such a number could make it infinite.
   bool (*widen_bfloat16)(const std::uint16_t* bits, std::uint32_t count, float* to);
   bool (*widen_float16)(const std::uint16_t* bits, std::uint32_t count, float* to);
   bool (*widen_float32)(const std::uint32_t* bits, std::uint32_t count, float* to);

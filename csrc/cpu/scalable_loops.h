@@ -49,7 +49,7 @@ KVS_TARGET bool widen_bfloat16(const std::uint16_t* __restrict bits, std::uint32
   std::uint32_t unfit = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
     to[i] = std::bit_cast<float>(static_cast<std::uint32_t>(bits[i]) << 16);
-    unfit |= (bits[i] & 0x7F80) == 0x7F80;
+    unfit |= (bits[i] & 0x7F80) >= 0x7F00;
   }
   return unfit;
 }
@@ -63,7 +63,7 @@ KVS_TARGET bool widen_float16(const std::uint16_t* __restrict bits, std::uint32_
     const std::uint32_t normal = (magnitude << 13) + (112u << 23);
     const std::uint32_t found = magnitude < 0x400 ? std::bit_cast<std::uint32_t>(subnormal) : normal;
     to[i] = std::bit_cast<float>(found | static_cast<std::uint32_t>(bits[i] & 0x8000) << 16);
-    unfit |= magnitude >= 0x7C00;
+    unfit |= magnitude >= 0x7800;
   }
   return unfit;
 }
@@ -73,7 +73,7 @@ KVS_TARGET bool widen_float32(const std::uint32_t* __restrict bits, std::uint32_
   std::uint32_t unfit = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
     to[i] = std::bit_cast<float>(bits[i]);
-    unfit |= (bits[i] & 0x7F800000) == 0x7F800000;
+    unfit |= (bits[i] & 0x7F800000) >= 0x7F000000;
   }
   return unfit;
 }

@@ -16,6 +16,7 @@ Array = npt.NDArray[Any]
 DTYPES = {1: torch.bfloat16, 2: torch.float16, 3: torch.float32}
 RNG = np.random.Generator(np.random.PCG64(3))
 STYLES = {"none": 0, "halves": 1, "pairs": 2}
+HALF_OF_RANGE = {1: 2.0**127, 2: 2.0**15, 3: 2.0**127}
 
 
 def bits_of(values: Array, dtype_id: int) -> Array:
@@ -141,11 +142,11 @@ def plain(dtype_id: int, width: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype_id", [1, 2])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_all_finite_16_bit_patterns_come_back(dtype_id: int, implementation: str) -> None:
+def test_all_16_bit_patterns_below_half_of_the_range_come_back(dtype_id: int, implementation: str) -> None:
     patterns = np.arange(65536, dtype=np.uint16).reshape(1, 2, 1, 1, -1)
     case = plain(dtype_id, patterns.size)
-    finite = np.isfinite(floats_of(patterns, dtype_id))
-    patterns = np.where(finite, patterns, 0).astype(np.uint16)
+    fit = np.abs(floats_of(patterns, dtype_id)) < HALF_OF_RANGE[dtype_id]
+    patterns = np.where(fit, patterns, 0).astype(np.uint16)
     unfit, x = prepare(patterns, case, implementation)
     assert unfit.tolist() == [0]
     np.testing.assert_array_equal(x.view(np.uint32), to_rows(floats_of(patterns, dtype_id)).view(np.uint32))
@@ -198,6 +199,18 @@ def test_a_token_with_a_nan_or_an_infinity_is_named_and_left_out(dtype_id: int, 
         assert unfit.tolist() == [0, 0, 1, 0, 1, 0, 0]
         assert not x[[2, 4]].any()
         assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("dtype_id", [1, 2, 3])
+def test_a_token_whose_values_could_overflow_is_named_and_left_out(dtype_id: int) -> None:
+    values = np.zeros((1, 2, 4, 1, 8), np.float32)
+    values[0, 0, 1, 0, 0] = HALF_OF_RANGE[dtype_id]
+    values[0, 1, 2, 0, 7] = -HALF_OF_RANGE[dtype_id]
+    values[0, 0, 3, 0, 0] = HALF_OF_RANGE[dtype_id] * (1 - 2**-8)
+    for implementation in IMPLEMENTATIONS:
+        unfit, x = prepare(bits_of(values, dtype_id), plain(dtype_id, 16), implementation)
+        assert unfit.tolist() == [0, 1, 1, 0]
+        assert not x[1:3].any()
 
 
 def test_sections_may_be_strided_over_layers_kinds_and_tokens() -> None:
