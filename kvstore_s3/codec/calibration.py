@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
+from safetensors import SafetensorError, deserialize
 
 from kvstore_s3.codec.rotation import STYLES, Floats, Rotation
 from kvstore_s3.codec.tables import TableSet
@@ -28,6 +28,9 @@ SPANS = ("channel", "head", "group", "all")
 """How far the transform reaches, by id in the bitstream."""
 
 Array = npt.NDArray[Any]
+
+_KINDS = {"U8": "u1", "U16": "u2", "F16": "f2", "F32": "f4"}
+"""The dtypes of safetensors that are used here, as numpy calls them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +148,8 @@ class Calibration:
             raise _refusal(f"span {metadata.get('span')!r} or rotary {metadata.get('rotary')!r} is unknown")
         group = _parse_group(metadata.get("layer_group"), layout.layers)
         try:
-            tensors = _Tensors(load_tensors(data))
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            tensors = _Tensors(dict(deserialize(data)))  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
             raise _refusal(f"it is not a safetensors file that can be read: {error}") from error
         found = cls(
             namespace=namespace,
@@ -175,21 +178,23 @@ def calibration_digest(data: bytes) -> bytes:
 
 
 class _Tensors:
-    """The tensors of a file, each checked as it is taken."""
+    """The tensors of a file, each checked as it is taken: others may be of any kind."""
 
-    def __init__(self, tensors: Mapping[str, Array]) -> None:
+    def __init__(self, tensors: Mapping[str, Mapping[str, Any]]) -> None:
         self._tensors = tensors
 
     def take(self, name: str, kinds: str, shape: tuple[int, ...] | None = None) -> Array:
         """The tensor `name`, of one of the dtypes `kinds` (such as "f2 f4") and of `shape`; floats are finite."""
-        tensor = self._tensors.get(name)
-        if tensor is None:
+        found = self._tensors.get(name)
+        if found is None:
             raise _refusal(f"tensor {name!r} is missing")
-        if tensor.dtype.str[1:] not in kinds.split() or (shape is not None and tensor.shape != shape):
-            raise _refusal(f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, expected {kinds} {shape or ''}")
+        kind, sizes = _KINDS.get(found["dtype"]), tuple(found["shape"])
+        if kind not in kinds.split() or (shape is not None and sizes != shape):
+            raise _refusal(f"tensor {name!r} is {found['dtype']} {list(sizes)}, expected {kinds} {shape or ''}")
+        tensor: Array = np.frombuffer(found["data"], f"<{kind}").reshape(sizes)
         if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
             raise _refusal(f"tensor {name!r} holds values that are not finite")
-        return np.ascontiguousarray(tensor)
+        return tensor
 
 
 def _read_rotation(tensors: _Tensors, style: str, layout: KVLayout) -> Rotation:
@@ -248,7 +253,7 @@ def _scaled(matrix: Array | None, scale: Floats) -> torch.Tensor:
 
 def _write_safetensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
     """By hand, because the library writes metadata in the order of a hash map: other bytes every time."""
-    names = {"u1": "U8", "u2": "U16", "f2": "F16", "f4": "F32"}
+    names = {kind: name for name, kind in _KINDS.items()}
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     data, end = [], 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
@@ -277,7 +282,7 @@ def _read_metadata(data: bytes) -> dict[str, str]:
 
 
 def _parse_group(text: str | None, layers: int) -> int:
-    if text is None or not text.isascii() or not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= layers:
+    if text is None or not re.fullmatch("[1-9][0-9]{0,3}", text, re.ASCII) or int(text) > layers:
         raise _refusal(f"layer_group is {text!r}, expected 1 to {layers}")
     return int(text)
 

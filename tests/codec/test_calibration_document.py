@@ -59,6 +59,18 @@ def patched_header(**entries: object) -> bytes:
     return struct.pack("<Q", len(text)) + text + SOUND[8 + size :]
 
 
+def with_a_tensor_of(dtype: str, size: int) -> bytes:
+    """The sound artefact and a tensor of one number of a dtype that it has no use for."""
+    begin = int.from_bytes(SOUND[:8], "little")
+    header = json.loads(SOUND[8 : 8 + begin])
+    end = len(SOUND) - 8 - begin
+    header["more"] = {"dtype": dtype, "shape": [1], "data_offsets": [end, end + size]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + SOUND[8 + begin :] + bytes(size)
+
+
+SOUND_AGAIN = Calibration.from_bytes(SOUND, LAYOUT, NAMESPACE).to_bytes()
+
 WRONG = {
     "empty": b"",
     "cut in its header": SOUND[:100],
@@ -73,6 +85,8 @@ WRONG = {
     "no layers to a group": changed({"layer_group": "0"}),
     "a group larger than the model": changed({"layer_group": "4"}),
     "a layer group in words": changed({"layer_group": "two"}),
+    "a layer group with a zero in front": changed({"layer_group": "02"}),
+    "a layer group and a line's end": changed({"layer_group": "2\n"}),
     "no mean": changed(mean=None),
     "a mean that is not finite": changed(mean=altered("mean", (0, 0, 0, 0), np.nan)),
     "a mean of another dtype": changed(mean=tensor("mean").astype(np.float16)),
@@ -114,6 +128,10 @@ def test_both_readers_take_the_sound_artefact_and_ignore_what_they_do_not_know()
         for place, unit in ours.units.items():
             np.testing.assert_array_equal(unit.classes, theirs.units[place].classes)
             np.testing.assert_array_equal(unit.synthesis, theirs.units[place].synthesis)
+
+
+def test_a_tensor_of_a_dtype_that_numpy_does_not_have_is_ignored() -> None:
+    assert Calibration.from_bytes(with_a_tensor_of("BF16", 2), LAYOUT, NAMESPACE).to_bytes() == SOUND_AGAIN
 
 
 @pytest.mark.parametrize("what", WRONG)
