@@ -59,10 +59,10 @@ class Rotation:
         frequencies = compute(rope, dim).astype(np.float32)
         if not np.isfinite(frequencies).all():
             raise InvalidArgumentError(f"these RoPE parameters give no finite frequencies: {dict(rope)}")
-        rotated = np.array(rope.get("no_rope_layers", [1] * layout.layers), np.uint8)
-        if rotated.shape != (layout.layers,):
-            raise InvalidArgumentError(f"no_rope_layers has {len(rotated)} entries for {layout.layers} layers")
-        return cls("halves", frequencies, rotated)
+        flags = rope.get("no_rope_layers", (1,) * layout.layers)
+        if not isinstance(flags, tuple) or len(flags) != layout.layers or any(flag not in (0, 1) for flag in flags):
+            raise InvalidArgumentError(f"no_rope_layers is a list of {layout.layers} numbers 0 or 1, not {flags!r}")
+        return cls("halves", frequencies, np.array(flags, np.uint8))
 
     def select(self, layer_begin: int, layer_end: int) -> npt.NDArray[np.uint8]:
         """`rotated` of some layers."""

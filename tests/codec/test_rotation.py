@@ -106,6 +106,8 @@ def test_k_of_other_kinds_is_coded_as_it_is(kind: str) -> None:
         ({"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.2}, "3 of 16"),
         ({"rope_type": "yarn", "rope_theta": 1, "factor": 2, "original_max_position_embeddings": 9}, "rope_theta"),
         ({"rope_type": "default", "rope_theta": 10000, "no_rope_layers": [1]}, "no_rope_layers"),
+        ({"rope_type": "default", "rope_theta": 10000, "no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ({"rope_type": "default", "rope_theta": 10000, "no_rope_layers": 1}, "no_rope_layers"),
     ],
 )
 def test_impossible_parameters_are_refused_by_name(rope: dict[str, Any], named: str) -> None:
