@@ -43,6 +43,7 @@ LOSSY_DTYPES = ("bfloat16", "float16", "float32")
 
 _SECTION = struct.Struct("<BBBBIHH")
 _MAX_POSITION = 2**32 - 1
+_MAX_TOKENS = 2**16
 
 
 def encode_scalable(
@@ -60,14 +61,17 @@ def encode_scalable(
 
     `first_position` is that of the chunk's first token, `first_head` the section's first head within the model. With a
     calibration, the section must be one of its layer groups, with all heads where its span is "all"; without one,
-    `rotation` says how K was rotated. Tokens with values that are not finite, the very first token of a prompt (the
-    attention sink) and outliers beyond the quantiser are kept exact. A section that would come out no smaller than its
-    exact coding is coded exactly. Raises `InvalidArgumentError` for dtypes that it does not code.
+    `rotation` says how K was rotated. Kept exact are tokens with values that are not finite or within a factor of two
+    of the dtype's largest, the very first token of a prompt (the attention sink) and outliers beyond the quantiser. A
+    section that would come out no smaller than its exact coding is coded exactly. Raises `InvalidArgumentError` for
+    dtypes that it does not code, more than 65,536 tokens and positions beyond 32 bits.
     """
     if dtype not in LOSSY_DTYPES:
         raise InvalidArgumentError(f"lossy profiles code {', '.join(LOSSY_DTYPES)}, not {dtype}; use lossless")
     if not 0 <= first_position <= _MAX_POSITION:
         raise InvalidArgumentError(f"first position {first_position} does not fit 32 bits")
+    if values.shape[2] > _MAX_TOKENS:
+        raise InvalidArgumentError(f"{values.shape[2]} tokens in a chunk; {_MAX_TOKENS} are the most")
     maps = _maps_of(values, layer_begin, first_head, calibration, rotation)
     streams = [_encode_stream(values, dtype, one, first_position, levels) for one in maps]
     payloads = [_base_header(values, first_position, calibration, maps[0], levels), *([b""] * (levels - 1))]
@@ -119,9 +123,9 @@ def decode_scalable(
         return
     if dtype not in LOSSY_DTYPES or out.shape[1] != 2:
         raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, f"codec 3 with {dtype}, or with K or V alone")
-    header = _parse_section(base, (out.shape[0], out.shape[4]), first_position, calibration)
-    if header.levels != (object_levels or header.levels) or len(payloads) > header.levels:
-        raise damaged(f"{object_levels or len(payloads)} levels of an object that says it has {header.levels}")
+    header = _parse_section(base, (out.shape[0], out.shape[4]), first_position, object_levels, calibration)
+    if len(payloads) > header.levels:
+        raise damaged(f"{len(payloads)} levels of an object that says it has {header.levels}")
     count = 1 if header.span == "all" else section_heads
     streams = [split_streams(base, header.end, count), *(split_streams(p, 0, count) for _, p in refinements)]
     if calibration is not None and _group_of(calibration, layer_begin, out.shape[0], first_head, section_heads) is None:
@@ -221,7 +225,11 @@ def _encode_stream(values: Bits, dtype: str, one: StreamMap, first_position: int
 
 
 def _parse_section(
-    base: memoryview, shape: tuple[int, int], first_position: int | None, calibration: Calibration | None
+    base: memoryview,
+    shape: tuple[int, int],
+    first_position: int | None,
+    object_levels: int | None,
+    calibration: Calibration | None,
 ) -> _SectionHeader:
     """`shape`: layers of the section, and head dim."""
     layers, dim = shape
@@ -230,6 +238,8 @@ def _parse_section(
     mode, span, levels, style, position, pairs, reserved = _SECTION.unpack_from(base)
     if mode > 1 or span >= len(SPANS) or style >= len(STYLES) or reserved or not 1 <= levels <= LEVELS:
         raise damaged(f"mode {mode}, span {span}, {levels} levels or rotary {style} are unknown")
+    if object_levels is not None and levels != object_levels:
+        raise damaged(f"the payload is of an object of {levels} levels, its index has {object_levels}")
     if first_position is not None and position != first_position:
         raise damaged(f"the section is of position {position}, expected {first_position}")
     if (mode == 0) != (calibration is not None):

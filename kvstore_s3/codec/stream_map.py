@@ -24,6 +24,12 @@ UNCALIBRATED_STEP = {"K": 0.10, "V": 0.14}
 _OUTLIER_DEVIATIONS, _OUTLIER_ROUNDS = 24.0, 4
 """Uncalibrated: tokens this many deviations from the mean are kept exact, looked for again without those found."""
 
+_LOUD, _MOST_LOUD = 8.0, 16
+"""And tokens with a layer's K or V this many times as far from the mean as the median token's, where they are no more
+than one in so many: they raise the deviation themselves, and so hide from it."""
+
+_SMALLEST_STEP = float(np.finfo(np.float32).tiny)
+
 _ADAPT_BITS = 64
 """Classes are given in a stream where that saves more than a byte for each, and these bits."""
 
@@ -114,7 +120,8 @@ class StreamMap:
     def with_steps(self, steps: npt.NDArray[np.float32], means: npt.NDArray[np.int8]) -> StreamMap:
         """This uncalibrated map with the steps [layer x kind] and means [n] of one stream."""
         scale = np.repeat(steps, self.numbers // len(steps))
-        mean = scale * (BASE_STEP * means.astype(np.float32))
+        with np.errstate(over="ignore"):  # a hostile stream's steps may be as large as they like
+            mean = scale * (BASE_STEP * means.astype(np.float32))
         return replace(self, steps=steps, means=means, scale=scale, mean=mean)
 
 
@@ -170,17 +177,27 @@ def fit_uncalibrated(
         values = x[kept].astype(np.float64)
         center = values.mean(axis=0)
         away = np.abs(values - center).reshape(len(values), one.step_count, -1)
-        deviation = np.sqrt((away**2).mean(axis=(0, 2)))
+        distance = np.sqrt((away**2).mean(axis=2))
+        deviation = np.sqrt((distance**2).mean(axis=0))
         limit = min(_OUTLIER_DEVIATIONS, 0.5 * math.sqrt(len(values) * away.shape[2]))
         far = (away.max(axis=2) > np.maximum(limit, 4) * deviation).any(axis=1)
+        far |= _loud_tokens(distance)
         if not far.any():
             break
         kept[np.flatnonzero(kept)[far]] = False
     ratio = np.tile([UNCALIBRATED_STEP["K"], UNCALIBRATED_STEP["V"]], one.step_count // 2)
-    steps = np.clip(np.where(deviation > 0, deviation * ratio, 1.0), 1e-30, 1e30).astype(np.float32)
+    steps = np.clip(np.where(deviation > 0, deviation * ratio, 1.0), _SMALLEST_STEP, 1e30).astype(np.float32)
     scale = np.repeat(steps.astype(np.float64), one.numbers // one.step_count)
     means = np.clip(np.rint(center / (BASE_STEP * scale)), -127, 127).astype(np.int8)
     return replace(one.with_steps(steps, means), mean=None), ~kept
+
+
+def _loud_tokens(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Which tokens are far from the mean as a whole; `distance` [tokens, layer x kind], their root mean square."""
+    loud = distance > _LOUD * np.median(distance, axis=0)
+    few = np.count_nonzero(loud, axis=0) <= max(1, len(distance) // _MOST_LOUD)
+    found: npt.NDArray[np.bool_] = (loud & few).any(axis=1)
+    return found
 
 
 def _worth_giving(static: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8], tables: TableSet, tokens: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from typing import Any
 
 import numpy.typing as npt
@@ -90,6 +91,36 @@ def test_a_token_that_is_not_finite_or_far_out_is_kept_exactly_and_smears_nothin
     assert error_of(found[:, :, others], kv[:, :, others]) < 0.06
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_at_the_end_of_the_range_neither_overflow_nor_smear(mode: str, dtype: torch.dtype) -> None:
+    kv = values_of(9, dtype=dtype)
+    largest = torch.finfo(dtype).max
+    kv[0, 0, 9, :, [0, 8]] = largest  # a pair: turning it back overflows
+    kv[3, 1, 13] = -largest  # a whole token: the deviation hides it
+    found = decode(encode(kv, MODES[mode]), kv, MODES[mode])
+    assert torch.equal(found[:, :, [9, 13]], kv[:, :, [9, 13]])
+    others = [token for token in range(TOKENS) if token not in (9, 13)]
+    assert error_of(found[:, :, others], kv[:, :, others]) < 0.06
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 256])
+@pytest.mark.parametrize("loudness", [30, 1e4, 1e30])
+def test_loud_tokens_do_not_coarsen_the_step_of_others(tokens: int, loudness: float) -> None:
+    kv = values_of(9, tokens=tokens)
+    kv[3, 1, 13] = loudness
+    kv[1, 0, 7] *= loudness
+    found = decode(encode(kv), kv)
+    others = [token for token in range(tokens) if token not in (7, 13)]
+    assert error_of(found[:, :, others], kv[:, :, others]) < 0.06
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-20, 1e20, 1e35])
+def test_values_of_any_size_are_coded(scale: float) -> None:
+    kv = (values_of(9, dtype=torch.float64) * scale).to(torch.bfloat16)
+    assert error_of(decode(encode(kv), kv), kv) < 0.06
+
+
 def test_a_chunk_of_nothing_but_nan_is_exact() -> None:
     kv = torch.full((4, 2, TOKENS, 3, 16), float("nan"), dtype=torch.bfloat16)
     assert torch.equal(view(decode(encode(kv), kv)), view(kv))
@@ -169,6 +200,46 @@ def test_another_position_another_calibration_or_none_are_refused() -> None:
     with pytest.raises(DamagedObjectError):
         decode(encode(kv), kv, CALIBRATIONS["group"])
     assert error_of(decode(coded, kv, CALIBRATIONS["group"], first_position=None), kv) < 0.06
+
+
+def test_more_tokens_than_a_chunk_may_have_and_positions_beyond_32_bits_are_refused() -> None:
+    kv = torch.zeros(1, 2, 2**16 + 1, 1, 2, dtype=torch.bfloat16)
+    with pytest.raises(InvalidArgumentError, match="65537 tokens"):
+        encode(kv, rotation=Rotation.none(1))
+    with pytest.raises(InvalidArgumentError, match="4294967296"):
+        encode(kv[:, :, :16], rotation=Rotation.none(1), first_position=2**32)
+
+
+def test_the_last_tokens_of_the_longest_chunk_can_be_exact() -> None:
+    kv = torch.randn(1, 2, 2**16, 1, 2).to(torch.bfloat16)
+    kv[0, 0, -1, 0, 0] = torch.nan
+    found = decode(encode(kv, rotation=Rotation.none(1)), kv, section_heads=1)
+    assert torch.equal(view(found[:, :, -1]), view(kv[:, :, -1]))
+    assert error_of(found[:, :, :-1], kv[:, :, :-1]) < 0.06
+
+
+def test_a_section_of_more_than_a_million_numbers_a_token_is_coded() -> None:
+    kv = torch.randn(129, 2, 16, 1, 4096).to(torch.bfloat16)
+    coded = encode(kv, rotation=Rotation.none(129))
+    assert coded[0][0] == SCALABLE
+    assert error_of(decode(coded, kv, section_heads=1), kv) < 0.06
+
+
+def test_a_number_of_levels_that_is_not_the_index_s_comes_before_a_payload_that_is_cut() -> None:
+    _, payload = encode(values_of(15))[0]
+    with pytest.raises(DamagedObjectError) as caught:
+        decode([(SCALABLE, payload[:20])], values_of(15), object_levels=2)
+    assert caught.value.code is BitstreamFault.BAD_PAYLOAD
+
+
+@pytest.mark.parametrize("step", [1e-45, 1e38, 3.4e38])
+def test_no_step_of_a_hostile_stream_fails_a_decoder(step: float) -> None:
+    kv = values_of(15)
+    coded = encode(kv, rotation=Rotation.none(4))
+    _, payload = coded[0]
+    steps = 12 + 4 * 3 + 12  # behind the header, the lengths and a stream's own
+    payload = payload[:steps] + struct.pack("<8f", *[step] * 8) + payload[steps + 32 :]
+    decode([(SCALABLE, payload), *coded[1:]], kv)
 
 
 def test_levels_of_two_codecs_are_refused() -> None:
