@@ -66,7 +66,7 @@ minio-stop: venv ## stop the MinIO of `make minio`
 	@$(BIN)/python examples/minio_server.py --stop
 
 bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
-	@for bench in hashing codec_lossless entropy load; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
+	@for bench in hashing codec_lossless codec_chunks entropy load; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
 
 # The decoders and encoders as the fuzzers link them: everything but the bindings.
 FUZZ_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Wno-pass-failed \
