@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -125,10 +125,20 @@ class StreamMap:
         return replace(self, steps=steps, means=means, scale=scale, mean=mean)
 
 
-@lru_cache(maxsize=4096)
+_maps: WeakKeyDictionary[Calibration, dict[tuple[int, int, int], StreamMap]] = WeakKeyDictionary()
+"""Maps are kept as long as their calibration, which is large, is in use."""
+
+
 def calibrated_map(calibration: Calibration, group: int, first_head: int, head: int) -> StreamMap:
     """The map of one unit of a calibration: that of the section's head `head`, whose first head is the model's
     `first_head`."""
+    maps, place = _maps.setdefault(calibration, {}), (group, first_head, head)
+    if place not in maps:
+        maps[place] = _build_map(calibration, *place)
+    return maps[place]
+
+
+def _build_map(calibration: Calibration, group: int, first_head: int, head: int) -> StreamMap:
     unit = calibration.units[group, first_head + head]
     begin, end = calibration.group_layers(group)
     whole = calibration.span == "all"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import struct
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy.typing as npt
@@ -287,6 +290,24 @@ def test_the_artefact_reads_back_and_is_the_same_bytes() -> None:
         assert len(calibration_digest(data)) == 32
         kv = values_of(17)
         assert encode(kv, again) == encode(kv, calibration)
+
+
+def test_a_calibration_is_let_go_after_its_last_use() -> None:
+    kv = values_of(18)
+    calibration = Calibration.from_bytes(CALIBRATIONS["group"].to_bytes(), LAYOUT, bytes(32))
+    decode(encode(kv, calibration), kv, calibration)
+    gone = weakref.ref(calibration)
+    del calibration
+    gc.collect()
+    assert gone() is None
+
+
+def test_threads_share_a_calibration_that_none_has_used_before() -> None:
+    chunks = [values_of(seed) for seed in range(4)]
+    expected = [encode(kv, CALIBRATIONS["group"]) for kv in chunks]
+    fresh = Calibration.from_bytes(CALIBRATIONS["group"].to_bytes(), LAYOUT, bytes(32))
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda number: encode(chunks[number % 4], fresh), range(16))) == expected * 4
 
 
 def view(kv: torch.Tensor) -> npt.NDArray[Any] | torch.Tensor:
