@@ -138,13 +138,13 @@ class _Checker:
             header = await read_header(self._objects, info, identity)
             sound = self._calibrations[name.namespace]
             lacking = header.calibration is not None and header.calibration not in sound
-            if lacking:
-                self._findings.lacking.append(info.key)
             if self._decode and not lacking:
                 calibration = sound[header.calibration] if header.calibration else None
                 await decode_sections(self._objects, info, header, self._buffers, calibration)
             else:
                 await verify_sections(self._objects, info, header, self._buffers)
+            if lacking:  # and sound otherwise: what is damaged is listed as that
+                self._findings.lacking.append(info.key)
         except ObjectNotFoundError:
             self._findings.vanished += 1
             return

@@ -267,6 +267,19 @@ def test_objects_without_their_calibration_are_reported_deleted_and_stored_again
     assert verify(cli, tmp_path, "--decode").code == 0
 
 
+def test_an_object_that_is_damaged_and_lacks_its_calibration_is_listed_and_deleted_once(
+    calibrated: Path, cli: Cli, tmp_path: Path
+) -> None:
+    calibrated.unlink()
+    (calibrated.parent.parent / "calibration.json").unlink()
+    damaged, *others = stored_objects(tmp_path)
+    data = damaged.read_bytes()
+    damaged.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])  # a payload: the header is sound
+    ran = verify(cli, tmp_path, "--delete")
+    assert (ran.code, len(ran.json["damaged"]), len(ran.json["lacking_calibration"])) == (4, 1, len(others))
+    assert len(set(ran.json["deleted"])) == len(ran.json["deleted"]) == 1 + len(others)
+
+
 def test_a_warm_stores_what_lacks_its_calibration_again(
     calibrated: Path, warm: Cli, docs: Path, cli: Cli, tmp_path: Path
 ) -> None:
