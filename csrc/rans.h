@@ -1,16 +1,14 @@
 // rANS, one step at a time, for host and device: the same functions run in the portable loop, in its AVX2
-// twin's slow path and in a kernel.
+// twin's slow path and in a kernel. Algorithm: J. Duda, "Asymmetric numeral systems", arXiv:1311.2540;
+// interleaving as in F. Giesen, "Interleaved entropy coders", arXiv:1402.3392.
 //
 // The surprises first:
 // - The encoder runs backwards: last symbol first, and its words are written from the end of the buffer down.
-// The
-//   decoder then reads everything forwards.
+//   The decoder then reads everything forwards.
 // - A state is a 32-bit integer in [2^15, 2^31). 2^15 instead of 2^16 keeps it positive as a signed number
-// (AVX2 has
-//   no unsigned compare) and lets a 32-bit reciprocal divide it exactly.
+//   (AVX2 has no unsigned compare) and lets a 32-bit reciprocal divide it exactly.
 // - Renormalisation moves 16 bits, never more than once a step: the smallest frequency leaves a state of at
-// least 8. Source of the algorithm: J. Duda, "Asymmetric numeral systems", arXiv:1311.2540; interleaving as
-// in F. Giesen, "Interleaved entropy coders", arXiv:1402.3392.
+//   least 8.
 #pragma once
 
 #include <cstdint>
