@@ -13,7 +13,7 @@ from kvstore_s3.codec.cachegen import CacheGenCodec, published_bins
 from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.registry import encode_section
 from kvstore_s3.codec.rotation import Rotation
-from kvstore_s3.codec.scalable import encode_scalable
+from kvstore_s3.codec.scalable import LEVELS, encode_scalable
 from kvstore_s3.quality import Quality
 
 _BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
@@ -32,6 +32,8 @@ class Encoding:
     layer_group: int
     rotation: Rotation
     calibration: tuple[bytes, Calibration] | None = None
+    levels: int = LEVELS
+    """Of a scalable object: fewer where the values themselves are of a lower quality."""
 
     @property
     def calibrated(self) -> bool | None:
@@ -85,6 +87,7 @@ def _encode_levels(
             first_position=first_token,
             calibration=encoding.calibration[1] if encoding.calibration else None,
             rotation=encoding.rotation,
+            levels=encoding.levels,
             first_head=identity.shard.head_begin,
         )
     if profile == "cachegen":

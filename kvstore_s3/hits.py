@@ -78,7 +78,8 @@ class Saved:
     """What a save did: chunks that it wrote, chunks that were there or that another writer was first with, bytes.
 
     `quality` is what it writes, and `calibrated` whether with a calibration: None where it wrote nothing, or not in a
-    scalable profile. A scalable object has all levels, whichever of them the quality reads.
+    scalable profile. A scalable object has all levels, whichever of them the quality reads, unless it was computed from
+    a prefix of fewer.
     """
 
     chunks_new: int

@@ -1,7 +1,8 @@
 """Qualities: the names by which users ask for values, and what each means for writers and readers. Pure.
 
-A writer of a quality writes objects of its `object_profile`; a scalable object always holds all three levels, so that
-one who asks for "small" and one who asks for "near-lossless" share it. A reader of a quality reads its `levels`.
+A writer of a quality writes objects of its `object_profile`; a scalable object holds all three levels, so that one who
+asks for "small" and one who asks for "near-lossless" share it (fewer, where the values come from a prefix of fewer). A
+reader of a quality reads its `levels`.
 """
 
 from __future__ import annotations

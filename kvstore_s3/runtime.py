@@ -95,9 +95,16 @@ class SyncKVStore:
                 self.runtime.run(_close(groups))
 
     def save(
-        self, token_ids: TokenIds, kv: torch.Tensor, *, salt: str | bytes | None = None, first_token: int = 0
+        self,
+        token_ids: TokenIds,
+        kv: torch.Tensor,
+        *,
+        salt: str | bytes | None = None,
+        first_token: int = 0,
+        prefix_quality: str = "lossless",
     ) -> Saved:
-        return self.runtime.run(self.kv.save(token_ids, kv, salt=salt, first_token=first_token))
+        saved = self.kv.save(token_ids, kv, salt=salt, first_token=first_token, prefix_quality=prefix_quality)
+        return self.runtime.run(saved)
 
 
 @contextmanager

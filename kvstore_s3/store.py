@@ -17,6 +17,7 @@ from kvstore_s3.bitstream import HINT_NAME, Identity, encode_hint
 from kvstore_s3.calibrations import Calibrations
 from kvstore_s3.codec.arithmetic import require_coder
 from kvstore_s3.codec.rotation import Rotation
+from kvstore_s3.codec.scalable import LEVELS
 from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.encode import Encoding, encode_object, view_bits
 from kvstore_s3.errors import InvalidArgumentError
@@ -154,15 +155,22 @@ class KVStore:
             yield group
 
     async def save(
-        self, token_ids: TokenIds, kv: torch.Tensor, *, salt: str | bytes | None = None, first_token: int = 0
+        self,
+        token_ids: TokenIds,
+        kv: torch.Tensor,
+        *,
+        salt: str | bytes | None = None,
+        first_token: int = 0,
+        prefix_quality: str = "lossless",
     ) -> Saved:
         """Store the whole chunks of `token_ids` that `kv` covers and that are not there yet.
 
         `kv` [layers, 2, tokens, kv_heads, head_dim] in the layout's dtype holds the tokens from `first_token` (a chunk
-        boundary) on, and must not change until the call returns. An object found damaged before, of a profile that the
-        store's does not accept, or coded with a calibration that is not there is replaced, and counts as new. A
-        scalable profile uses the namespace's current calibration, where it has one. Raises `StoreError` where the
-        store fails; what was written by then is whole and stays.
+        boundary) on, and must not change until the call returns. `prefix_quality` is that of the KV in front of it,
+        which it was computed from: what was computed from "small" is stored as "small", and is a miss to readers of
+        more. An object found damaged before, of a profile that the store's does not accept, or coded with a calibration
+        that is not there is replaced, and counts as new. A scalable profile uses the namespace's current calibration,
+        where it has one. Raises `StoreError` where the store fails; what was written by then is whole and stays.
         """
         tokens = as_token_array(token_ids)
         self._check_boundary(first_token)
@@ -173,7 +181,7 @@ class KVStore:
         found = await self._finder.find_all(chunks, stop_at_miss=False, thorough=True, first_token=first_token)
         missing = [index for index, chunk in enumerate(found) if chunk is None]
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
-        encoding = await self._choose_encoding() if missing else None
+        encoding = await self._choose_encoding(prefix_quality) if missing else None
         if encoding is None:
             return Saved(0, len(chunks), 0, self.quality.name)
         await self._describe_namespace()
@@ -191,10 +199,12 @@ class KVStore:
         calibrated = encoding.calibrated if new else None
         return Saved(new, len(chunks) - new, sum(written), self.quality.name, calibrated)
 
-    async def _choose_encoding(self) -> Encoding:
+    async def _choose_encoding(self, prefix_quality: str) -> Encoding:
         scalable = self.quality.object_profile == "scalable"
         calibration = await self.calibrations.current() if scalable else None
-        return Encoding(self.quality, self.settings.layer_group, self._rotation, calibration)
+        prefix = find_quality(prefix_quality)
+        levels = prefix.levels if prefix.object_profile == "scalable" else LEVELS
+        return Encoding(self.quality, self.settings.layer_group, self._rotation, calibration, levels)
 
     def _identities(self, token_ids: TokenIds, salt: str | bytes | None) -> list[Identity]:
         keys = chunk_keys(root_key(self.namespace.digest, salt), token_ids, self.namespace.chunk_tokens)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from codec.calibrations import make_calibration
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.calibrations import Calibrations, artefact_key, current_key
 from kvstore_s3.codec.calibration import Calibration, calibration_digest
-from kvstore_s3.codec.scalable import encode_scalable
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.objectstore.memory import MemoryStore
@@ -513,11 +511,13 @@ async def test_cachegen_objects_are_for_readers_of_cachegen_alone(url: str) -> N
 async def test_an_object_with_fewer_levels_than_asked_for_is_a_miss_and_is_replaced(
     url: str, hint: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as other_writer:
-        other_writer.setattr("kvstore_s3.encode.encode_scalable", partial(encode_scalable, levels=1))
-        if not hint:
-            other_writer.setattr("kvstore_s3.store.encode_hint", lambda table: None)
-        kv = await fill(url, "small")
+    kv = draw_kv()
+    async with open_store(url, "balanced") as store:
+        with monkeypatch.context() as writer:
+            if not hint:
+                writer.setattr("kvstore_s3.store.encode_hint", lambda table: None)
+            saved = await store.save(TOKENS, kv, prefix_quality="small")
+    assert saved.chunks_new == WHOLE // CHUNK
     async with open_store(url, "small") as store:
         assert (await store.lookup(TOKENS)).quality == "small"
     async with open_store(url, "balanced") as store:

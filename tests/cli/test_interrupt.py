@@ -17,6 +17,7 @@ from cli.tokenizer_zoo import corpus
 from kvstore_s3.cli import exits
 from kvstore_s3.cli.app import run
 
+
 @dataclass(frozen=True)
 class Stopped:
     """A run of `warm` that was stopped in its middle: where it ran, over how many documents, what it left."""

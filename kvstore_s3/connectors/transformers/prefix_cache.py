@@ -68,6 +68,8 @@ class _Found:
     answered: bool
     seconds: float
     quality: str
+    described: str
+    """`quality` as people read it."""
 
 
 _NOTHING = Saved(0, 0, 0)
@@ -123,10 +125,10 @@ class PrefixCache:
         answer = self.model.generate(ids, **arguments)
         started = time.perf_counter()
         end = self._whole(prompt.shape[1]) if found.answered else 0
-        saved = self._try_save(prompt, found.cache, found.stored, end, salt)
+        saved = self._try_save(prompt, found.cache, found.stored, end, salt, found.quality)
         save_seconds = time.perf_counter() - started
         self.last = Reuse(
-            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.quality
+            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.described
         )
         return answer
 
@@ -143,9 +145,9 @@ class PrefixCache:
         found = self._load(prompt, salt, keep=min)
         used = found.cache.get_seq_length()
         save = self._try_save if found.answered else _save_nothing
-        saved, save_seconds = self._extend(prompt, found.cache, found.stored, salt, save, progress)
+        saved, save_seconds = self._extend(prompt, found.cache, found.stored, salt, save, progress, found.quality)
         self.last = Reuse(
-            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.quality
+            prompt.shape[1], used, saved.chunks_new, saved.bytes, found.seconds, save_seconds, found.described
         )
         return found.cache, self.last
 
@@ -168,17 +170,18 @@ class PrefixCache:
         cache = build_cache(self.model.config, self.store.load(hit) if hit else None, self._devices)
         stored = cache.get_seq_length()
         _report(progress, stored)
-        saved, _ = self._extend(prompt, cache, stored, salt, self._save, progress)
+        saved, _ = self._extend(prompt, cache, stored, salt, self._save, progress, hit.cut(stored).quality)
         return replace(saved, chunks_present=stored // size + saved.chunks_present)
 
     def _load(self, prompt: torch.Tensor, salt: str | bytes | None, *, keep: Callable[[int, int], int]) -> _Found:
         """Look up and load the stored prefix, and cut it to `keep(tokens stored, tokens of the prompt)`."""
         started = time.perf_counter()
-        kv, answered, quality = None, True, "lossless"
+        kv, answered, quality, described = None, True, "lossless", "lossless"
         try:
             hit = self.store.lookup(prompt[0], salt=salt)
             kv = self.store.load(hit) if hit else None
-            quality = hit.cut(0 if kv is None else kv.shape[2]).describe_quality()
+            used = hit.cut(0 if kv is None else kv.shape[2])
+            quality, described = used.quality, used.describe_quality()
         except InvalidArgumentError:  # the caller's mistake, such as a salt of the wrong type
             raise
         except KVStoreError as error:
@@ -188,21 +191,25 @@ class PrefixCache:
         if kv is not None:
             kv = kv[:, :, : keep(stored, prompt.shape[1])]
         cache = build_cache(self.model.config, kv, self._devices)
-        return _Found(cache, stored, answered, time.perf_counter() - started, quality)
+        return _Found(cache, stored, answered, time.perf_counter() - started, quality, described)
 
     def _try_save(
-        self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None
+        self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
     ) -> Saved:
         try:
-            return self._save(prompt, cache, begin, end, salt)
+            return self._save(prompt, cache, begin, end, salt, quality)
         except KVStoreError as error:
             self._note("save to", error)
             return _NOTHING
 
-    def _save(self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None) -> Saved:
+    def _save(
+        self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
+    ) -> Saved:
+        """`quality` is that of what was loaded in front."""
         if end <= begin:
             return _NOTHING
-        return self.store.save(prompt[0, :end], read_cache(cache, begin, end), salt=salt, first_token=begin)
+        kv = read_cache(cache, begin, end)
+        return self.store.save(prompt[0, :end], kv, salt=salt, first_token=begin, prefix_quality=quality)
 
     @torch.no_grad()
     def _step(self, ids: torch.Tensor, cache: DynamicCache) -> None:
@@ -214,8 +221,9 @@ class PrefixCache:
         cache: DynamicCache,
         stored: int,
         salt: str | bytes | None,
-        save: Callable[[torch.Tensor, DynamicCache, int, int, str | bytes | None], Saved],
+        save: Callable[[torch.Tensor, DynamicCache, int, int, str | bytes | None, str], Saved],
         progress: Callable[[int], None] | None,
+        quality: str,
     ) -> tuple[Saved, float]:
         """Compute what `cache` lacks of `prompt`, saving each step's whole chunks; also the seconds of saving."""
         total, seconds = _NOTHING, 0.0
@@ -223,7 +231,7 @@ class PrefixCache:
             self._step(prompt[:, begin : begin + STEP_TOKENS], cache)
             done = min(begin + STEP_TOKENS, prompt.shape[1])
             started = time.perf_counter()
-            total = _add(total, save(prompt, cache, stored, self._whole(done), salt))
+            total = _add(total, save(prompt, cache, stored, self._whole(done), salt, quality))
             seconds += time.perf_counter() - started
             stored = max(stored, self._whole(done))
             _report(progress, done)

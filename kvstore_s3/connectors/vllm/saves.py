@@ -59,7 +59,11 @@ class Saver:
             return False
         prompt = np.frombuffer(order.prompt, dtype="<u4")
         try:
-            saved = await self._kv.save(prompt, kv, salt=order.salt, first_token=order.tokens.begin)
+            # What lies before may have been loaded, also by a request that left its blocks in the engine's cache.
+            quality = self._kv.quality.name if order.tokens.begin else "lossless"
+            saved = await self._kv.save(
+                prompt, kv, salt=order.salt, first_token=order.tokens.begin, prefix_quality=quality
+            )
         except KVStoreError as error:
             self._tally.add("kvstore_saves_failed")
             self._health.report(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvstore_s3 import Settings, connect
+from kvstore_s3 import KVStore, Settings, connect
 from kvstore_s3.connectors.transformers import PrefixCache, prefix_cache
 
 CHUNK = 64
@@ -54,3 +54,16 @@ def test_a_warm_says_what_it_wrote(lossy_cache, draw_tokens):
     assert (saved.chunks_new, saved.quality, saved.calibrated) == (4, "balanced", False)
     again = lossy_cache.warm(ids)
     assert (again.chunks_present, again.quality, again.calibrated) == (4, "balanced", None)
+
+
+@pytest.mark.parametrize("lossy_cache", ["small"], indirect=True)
+def test_what_was_computed_after_a_worse_prefix_is_not_offered_as_better(lossy_cache, draw_tokens):
+    ids = draw_tokens(4, 6 * CHUNK)
+    objects, small = lossy_cache.store.kv.objects, lossy_cache
+    small.prefill(ids[:, : 2 * CHUNK])
+    _, reuse = small.prefill(ids)
+    assert (reuse.loaded_tokens, reuse.chunks_saved) == (2 * CHUNK, 4)
+    assert small.store.lookup(ids[0]).tokens == 6 * CHUNK
+    better = KVStore(objects, small.store.namespace, Settings(profile="near-lossless"), probe=False)
+    hit = small.store.runtime.run(better.lookup(ids[0]))
+    assert (hit.tokens, hit.quality) == (2 * CHUNK, "near-lossless")
