@@ -131,7 +131,9 @@ def test_both_readers_take_the_sound_artefact_and_ignore_what_they_do_not_know()
 
 
 def test_a_tensor_of_a_dtype_that_numpy_does_not_have_is_ignored() -> None:
-    assert Calibration.from_bytes(with_a_tensor_of("BF16", 2), LAYOUT, NAMESPACE).to_bytes() == SOUND_AGAIN
+    data = with_a_tensor_of("BF16", 2)
+    assert Calibration.from_bytes(data, LAYOUT, NAMESPACE).to_bytes() == SOUND_AGAIN
+    assert read_calibration(data).span == read_calibration(SOUND).span
 
 
 @pytest.mark.parametrize("what", WRONG)
