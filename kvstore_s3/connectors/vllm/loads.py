@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kvstore_s3.connectors.vllm.health import StoreHealth
+from kvstore_s3.connectors.vllm.health import StoreHealth, log
 from kvstore_s3.connectors.vllm.messages import LoadOrder
 from kvstore_s3.connectors.vllm.paged import PagedCache
 from kvstore_s3.connectors.vllm.plans import floor_to
 from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+from kvstore_s3.hits import Hit
 from kvstore_s3.load import in_thread
 from kvstore_s3.store import KVStore
 
@@ -49,6 +50,7 @@ class Loader:
         self._on_end = on_end
         self._fills: dict[str, asyncio.Task[int]] = {}
         self._writer = writer
+        self._told: set[str] = set()
 
     async def load(self, order: LoadOrder) -> None:
         """Carry out one order; `on_end` is called in any case, once."""
@@ -79,7 +81,8 @@ class Loader:
         """Write all layers of the order's tokens; return up to which token all layers are good."""
         tokens, block_tokens = order.tokens, self._cache.block_tokens
         good, layers = tokens.begin, 0
-        async with aclosing(self._kv.stream(order.to_hit(self._kv))) as groups:
+        hit = order.to_hit(self._kv)
+        async with aclosing(self._kv.stream(hit)) as groups:
             async for group in groups:
                 good = floor_to(min(order.first_token + group.tokens, tokens.end), block_tokens)
                 if good <= tokens.begin:
@@ -88,7 +91,15 @@ class Loader:
                 block_ids = order.block_ids[: (good - tokens.begin) // block_tokens]
                 await in_thread(self._writer, self._cache.write, group.layer_begin, kv, block_ids)
                 layers = group.layer_end
+        self._tell_quality(hit)
         return good if layers == len(self._cache.layers) else tokens.begin
+
+    def _tell_quality(self, hit: Hit) -> None:
+        """Say once of each lossy quality that it is used."""
+        found = hit.describe_quality()
+        if hit.quality != "lossless" and found not in self._told:
+            self._told.add(found)
+            log.info("KV of quality %s is loaded from the store", found)
 
 
 def _is_cancelling() -> bool:
