@@ -29,7 +29,7 @@ from kvstore_s3.load import decode_section
 from kvstore_s3.quality import QUALITIES
 
 LAYOUT = KVLayout(32, 8, 128, "bfloat16", rope={"rope_type": "default", "rope_theta": 500000})
-TOKENS, FIRST, CHUNKS, ROUNDS = 256, 2560, 4, 3
+TOKENS, FIRST, CHUNKS, ROUNDS = 256, 2560, 4, 9
 IDENTITY = Identity(bytes(32), bytes(32), LAYOUT.full_shard, LAYOUT, TOKENS)
 
 
