@@ -7,6 +7,7 @@ the defaults below. Credentials are never settings: they come from the default A
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,6 +101,14 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def find_tools_of_this_environment() -> None:
+    """Put the folder of this Python last on PATH: the programs of an environment that was not activated lie there."""
+    folder = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath)
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = path + os.pathsep + folder
 
 
 def load_settings(**given: Any) -> Settings:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore_s3.config import find_tools_of_this_environment
 from kvstore_s3.errors import InvalidArgumentError
 
 Symbols = npt.NDArray[np.int16]
@@ -99,11 +99,9 @@ def _load_coder() -> Any:
     package = find_spec("torchac")
     if package is None or not package.submodule_search_locations:
         raise InvalidArgumentError(f"CacheGen's entropy coder torchac is not installed; {_INSTALL}")
+    find_tools_of_this_environment()
     if shutil.which("ninja") is None:
-        raise InvalidArgumentError(
-            f"torchac is compiled at first use by ninja, which is not on PATH; {_INSTALL}, and put "
-            f"{Path(sys.executable).parent} on PATH, as activating the environment does"
-        )
+        raise InvalidArgumentError(f"torchac is compiled at first use by ninja, which is not on PATH; {_INSTALL}")
     source = Path(package.submodule_search_locations[0]) / "backend" / "torchac_backend.cpp"
     # Not by importing torchac: that prints to stdout, and compiles without optimisation. One build for each torch.
     name = "kvstore_s3_torchac_" + re.sub(r"\W", "_", torch.__version__)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -17,10 +18,9 @@ from kvstore_s3.codec import arithmetic
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.cachegen import DTYPES, CacheGenCodec, from_float, published_bins, to_float
 from kvstore_s3.codec.registry import codec_for, encode_cachegen_section
+from kvstore_s3.config import find_tools_of_this_environment
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError
 
-# The ninja of an environment that was not activated is not on PATH.
-os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)
 try:
     arithmetic.require_coder()
 except InvalidArgumentError as error:
@@ -319,7 +319,7 @@ def test_what_is_not_installed_is_named_with_what_to_do(missing: str, monkeypatc
     if missing == "torchac":
         monkeypatch.setitem(sys.modules, "torchac", None)
     else:
-        monkeypatch.setenv("PATH", os.devnull)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
     try:
         with pytest.raises(InvalidArgumentError, match=rf"{missing}.*pip install 'kvstore-s3\[cachegen\]'"):
             decode(EXAMPLE, EXAMPLE_SHAPE, "float32")
@@ -338,3 +338,10 @@ def test_a_build_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypa
     finally:
         monkeypatch.undo()
         arithmetic.require_coder()
+
+
+def test_ninja_is_found_beside_a_python_that_is_not_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(shutil.which("c++") or "/usr/bin/c++").parent / "nothing"))
+    find_tools_of_this_environment()
+    assert os.environ["PATH"].split(os.pathsep)[-1] == str(Path(sys.executable).parent)
+    assert shutil.which("ninja") is not None
