@@ -9,9 +9,8 @@ import torch
 
 from kvstore_s3.bitstream import PARTS_KV, Identity, Payload, SectionTable, build_object
 from kvstore_s3.codec.base import Bits
-from kvstore_s3.codec.cachegen import CacheGenCodec, published_bins
 from kvstore_s3.codec.calibration import Calibration
-from kvstore_s3.codec.registry import encode_section
+from kvstore_s3.codec.registry import encode_cachegen_section, encode_section
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import LEVELS, encode_scalable
 from kvstore_s3.quality import Quality
@@ -91,10 +90,7 @@ def _encode_levels(
             first_head=identity.shard.head_begin,
         )
     if profile == "cachegen":
-        codec = CacheGenCodec(dtype, published_bins(layer_begin, len(values), identity.layout.layers))
-        payload = codec.encode_finite(values)
-        if payload is not None and len(payload) < values.nbytes:
-            return [(codec.id, payload)]
+        return [encode_cachegen_section(values, dtype, layer_begin=layer_begin, model_layers=identity.layout.layers)]
     return [encode_section(values, dtype)]
 
 

@@ -14,11 +14,10 @@ from kvstore_s3.bitstream import (
     PROFILES,
     Header,
     Identity,
-    Section,
     SectionTable,
     parse_header,
 )
-from kvstore_s3.codec.base import Bits, Codec
+from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import codec_for
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
 
 T = TypeVar("T")
-
-CACHEGEN = 5
-"""Codec id of CacheGen as published: in objects of its own profile alone."""
 
 LOST = (DamagedObjectError, ObjectNotFoundError)
 """What ends a hit instead of failing it."""
@@ -215,18 +211,8 @@ def decode_section(
             object_levels=header.table.sections[-1].level + 1,
         )
         return
-    codec = _cachegen_codec(dtype) if _is_cachegen(header, base) else codec_for(base.codec, dtype)
+    codec = codec_for(base.codec, dtype, cachegen=header.table.profile == PROFILES["cachegen"])
     codec.decode(payloads[0], out, head_begin=0, section_heads=identity.shard.heads)
-
-
-def _is_cachegen(header: Header, section: Section) -> bool:
-    return header.table.profile == PROFILES["cachegen"] and section.codec == CACHEGEN
-
-
-def _cachegen_codec(dtype: str) -> Codec:
-    from kvstore_s3.codec.cachegen import CacheGenCodec
-
-    return CacheGenCodec(dtype)
 
 
 async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -> T:

@@ -35,11 +35,11 @@ from kvstore_s3.codec.scalable_stream import (
 from kvstore_s3.codec.stream_map import StreamMap, calibrated_map, fit_uncalibrated, uncalibrated_map
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError
 from kvstore_s3.layout import DTYPES
+from kvstore_s3.quality import LOSSY_DTYPES
 
 SCALABLE, NOTHING = 3, 4
 """Codec ids: coded at this level; nothing, because level 0 is exact."""
 LEVELS = 3
-LOSSY_DTYPES = ("bfloat16", "float16", "float32")
 
 _SECTION = struct.Struct("<BBBBIHH")
 _MAX_POSITION = 2**32 - 1
@@ -74,7 +74,7 @@ def encode_scalable(
         raise InvalidArgumentError(f"{values.shape[2]} tokens in a chunk; {_MAX_TOKENS} are the most")
     maps = _maps_of(values, layer_begin, first_head, calibration, rotation)
     streams = [_encode_stream(values, dtype, one, first_position, levels) for one in maps]
-    payloads = [_base_header(values, first_position, calibration, maps[0], levels), *([b""] * (levels - 1))]
+    payloads = [_base_header(first_position, calibration, maps[0], levels), *([b""] * (levels - 1))]
     coded = [
         head
         + struct.pack(f"<{len(streams)}I", *(len(stream[level]) for stream in streams))
@@ -154,12 +154,12 @@ class _SectionHeader:
 def _maps_of(
     values: Bits, layer_begin: int, first_head: int, calibration: Calibration | None, rotation: Rotation
 ) -> list[StreamMap]:
-    layers, _, tokens, heads, _ = values.shape
+    layers, heads = values.shape[0], values.shape[3]
     if calibration is None:
         local = Rotation(
             rotation.style, rotation.inverse_frequencies, rotation.select(layer_begin, layer_begin + layers)
         )
-        return [uncalibrated_map(local, layers, values.shape[4], head, tokens) for head in range(heads)]
+        return [uncalibrated_map(local, layers, values.shape[4], head) for head in range(heads)]
     group = _group_of(calibration, layer_begin, layers, first_head, heads)
     if group is None:
         whose = "all heads" if calibration.span == "all" else "heads of the model"
@@ -181,9 +181,7 @@ def _group_of(calibration: Calibration, layer_begin: int, layers: int, first_hea
     return group if first_head + heads <= calibration.kv_heads else None
 
 
-def _base_header(
-    values: Bits, first_position: int, calibration: Calibration | None, first: StreamMap, levels: int
-) -> bytes:
+def _base_header(first_position: int, calibration: Calibration | None, first: StreamMap, levels: int) -> bytes:
     if calibration is not None:
         return _SECTION.pack(0, SPANS.index(calibration.span), levels, 0, first_position, 0, 0)
     frequencies = first.rotation.inverse_frequencies
@@ -280,7 +278,7 @@ def _decode_stream(
 ) -> None:
     layers, _, tokens, heads, dim = out.shape
     if calibration is None:
-        one = uncalibrated_map(header.rotation, layers, dim, stream, tokens)
+        one = uncalibrated_map(header.rotation, layers, dim, stream)
     else:
         one = calibrated_map(calibration, layer_begin // calibration.layer_group, first_head, stream)
     shape = StreamShape(tokens, one.numbers, one.components, out.itemsize, header.levels, one.step_count)

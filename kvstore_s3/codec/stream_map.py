@@ -157,7 +157,7 @@ def _build_map(calibration: Calibration, group: int, first_head: int, head: int)
     )
 
 
-def uncalibrated_map(rotation: Rotation, layers: int, dim: int, head: int, tokens: int) -> StreamMap:
+def uncalibrated_map(rotation: Rotation, layers: int, dim: int, head: int) -> StreamMap:
     """A map without steps yet: `fit_uncalibrated` finds them in values, `with_steps` takes them from a stream."""
     numbers = layers * 2 * dim
     return StreamMap(

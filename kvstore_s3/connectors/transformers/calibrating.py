@@ -28,13 +28,14 @@ from kvstore_s3.codec.learning import (
     learn_basis,
 )
 from kvstore_s3.codec.rotation import Rotation
-from kvstore_s3.codec.scalable import LOSSY_DTYPES, encode_scalable
+from kvstore_s3.codec.scalable import encode_scalable
 from kvstore_s3.codec.spans import Spread
 from kvstore_s3.connectors.transformers.admission import check_weights
 from kvstore_s3.connectors.transformers.replay import Replay, measure_style
 from kvstore_s3.connectors.transformers.windows import CONTINUATION, Sample, Window, batch_windows
 from kvstore_s3.errors import InvalidArgumentError, UnsupportedModelError
 from kvstore_s3.namespace import Namespace
+from kvstore_s3.quality import LOSSY_DTYPES
 
 METRICS = ("fisher", "gains")
 QUALITIES = ("small", "balanced", "near-lossless")
