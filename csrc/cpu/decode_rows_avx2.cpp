@@ -8,24 +8,12 @@
 #if defined(__x86_64__)
 
 #include "look_up_avx2.h"
+#include "word_order.h"
 
 #define KVS_AVX2 __attribute__((target("avx2,popcnt")))
 
 namespace kvs {
 namespace {
-
-// For each set of lanes that need a word: which of the next words each of the eight takes.
-struct WordSpread {
-  alignas(64) std::uint32_t order[256][8];
-
-  constexpr WordSpread() : order() {
-    for (std::uint32_t mask = 0; mask < 256; ++mask) {
-      std::uint32_t next = 0;
-      for (std::uint32_t lane = 0; lane < 8; ++lane) order[mask][lane] = mask >> lane & 1 ? next++ : 0;
-    }
-  }
-};
-constexpr WordSpread kSpread;
 
 // All bits of the lanes whose bits are set in the low eight of `set`.
 KVS_AVX2 inline __m256i spread_set(std::uint32_t set) {

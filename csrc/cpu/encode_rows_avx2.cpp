@@ -2,6 +2,7 @@
 // states back.
 
 #include "encode_rows.h"
+#include "word_order.h"
 
 #if defined(__x86_64__)
 
@@ -13,21 +14,6 @@ namespace kvs {
 namespace {
 
 constexpr int kVectors = kLanes / 8;
-
-// For each set of lanes that emit a word: their states last, in lane order.
-struct WordGather {
-  alignas(64) std::uint32_t order[256][8];
-
-  constexpr WordGather() : order() {
-    for (std::uint32_t mask = 0; mask < 256; ++mask) {
-      std::uint32_t at = 8;
-      for (std::uint32_t lane = 8; lane-- > 0;) {
-        if (mask >> lane & 1) order[mask][--at] = lane;
-      }
-    }
-  }
-};
-constexpr WordGather kGather;
 
 // Where the symbols of sixteen lanes lie in push_tables(); answers which lanes are far, two bits for each.
 KVS_AVX2 inline std::uint32_t find_symbols(const std::uint16_t* row, __m256i base, __m256i table,

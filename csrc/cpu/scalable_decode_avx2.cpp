@@ -7,22 +7,10 @@
 
 #include "look_up_avx2.h"
 #include "scalable_avx2.h"
+#include "word_order.h"
 
 namespace kvs {
 namespace {
-
-// For each set of lanes that need a word: which of the next words each of the eight takes.
-struct WordSpread {
-  alignas(64) std::uint32_t order[256][8];
-
-  constexpr WordSpread() : order() {
-    for (std::uint32_t mask = 0; mask < 256; ++mask) {
-      std::uint32_t next = 0;
-      for (std::uint32_t lane = 0; lane < 8; ++lane) order[mask][lane] = mask >> lane & 1 ? next++ : 0;
-    }
-  }
-};
-constexpr WordSpread kSpread;
 
 KVS_AVX2 inline __m256i slots_of(__m256i state) {
   return _mm256_and_si256(state, _mm256_set1_epi32(kSlots - 1));

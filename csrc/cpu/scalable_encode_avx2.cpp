@@ -5,24 +5,10 @@
 #if defined(__x86_64__)
 
 #include "scalable_avx2.h"
+#include "word_order.h"
 
 namespace kvs {
 namespace {
-
-// For each set of lanes that emit a word: their states last, in lane order.
-struct WordGather {
-  alignas(64) std::uint32_t order[256][8];
-
-  constexpr WordGather() : order() {
-    for (std::uint32_t mask = 0; mask < 256; ++mask) {
-      std::uint32_t at = 8;
-      for (std::uint32_t lane = 8; lane-- > 0;) {
-        if (mask >> lane & 1) order[mask][--at] = lane;
-      }
-    }
-  }
-};
-constexpr WordGather kGather;
 
 // coarsen_number of eight lanes.
 KVS_AVX2 inline __m256i coarsen(__m256i numbers) {
