@@ -64,6 +64,27 @@ class Settings(BaseSettings):
     max_attempts: Annotated[int, Field(ge=1, le=10)] = 3
     """Attempts per request, the first included."""
 
+    request_deadline_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Seconds for all attempts of a request together, pauses included."""
+
+    retry_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Most retries, as a share of the requests made lately (beside a few that are always allowed)."""
+
+    slowest_bytes_per_s: Annotated[int, Field(ge=1)] = 64 * 1024
+    """A transfer that moves fewer bytes than this for several seconds is given up and tried again."""
+
+    hedge_ratio: Annotated[float, Field(ge=0, le=0.5)] = 0.02
+    """Most reads that are asked for a second time because the first answer is late, as a share of all. 0: none."""
+
+    breaker_failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    """Requests that fail in a row until the store is left alone for a while."""
+
+    breaker_pause_s: Annotated[float, Field(gt=0, le=600)] = 1.0
+    """Seconds until a store that failed is tried again; twice as long after each failed trial, up to 30 times this."""
+
+    data_plane: Literal["direct", "aiobotocore"] = "direct"
+    """How bytes travel from and to s3://: straight between socket and buffer, or by the AWS client."""
+
     multipart_bytes: Annotated[int, Field(ge=5 * MiB, le=1024 * MiB)] = 8 * MiB
     """Objects larger than this are uploaded in parts of this size."""
 
@@ -76,17 +97,42 @@ class Settings(BaseSettings):
     range_bytes: Annotated[int, Field(ge=64 * 1024, le=1024 * MiB)] = 8 * MiB
     """Neighbouring sections of an object are fetched by one range read up to this size."""
 
-    buffer_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
-    """Budget of encoded bytes read and not yet decoded."""
+    gap_bytes: Annotated[int, Field(ge=0, le=64 * MiB)] = 64 * 1024
+    """Unwanted bytes between two sections that are read along rather than asked for around."""
 
-    lookup_concurrency: Annotated[int, Field(ge=1, le=1024)] = 64
+    buffer_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
+    """Slab pool: encoded bytes read and not yet decoded, in page-locked memory where there is a GPU."""
+
+    pin_memory: bool | None = None
+    """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
+
+    upload_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
+    """Bytes of chunks that are encoded and not yet stored, over all saves."""
+
+    host_tier_bytes: Annotated[int, Field(ge=0)] = 0
+    """Encoded bytes kept in this process's memory in front of the other tiers. 0: none."""
+
+    nvme_tier_dir: Path | None = None
+    """Directory on a local disk that keeps objects in front of the store; processes may share it. None: no such tier."""
+
+    nvme_tier_bytes: Annotated[int, Field(ge=16 * MiB)] = 64 * 1024 * MiB
+    """Budget of `nvme_tier_dir`, for all processes that share it together."""
+
+    lookup_concurrency: Annotated[int, Field(ge=1, le=1024)] = 256
     """Heads in flight at once during a lookup."""
 
     codec_threads: Annotated[int, Field(ge=0, le=256)] = 0
     """Threads that encode and decode. 0: one for each core."""
 
     verdict_lifetime_s: Annotated[float, Field(gt=0, le=86400)] = 60.0
-    """Seconds for which an object found damaged or vanished is not offered again (unless a save mends it sooner)."""
+    """Seconds for which an object that was found is not asked for again, and one found damaged or vanished is not
+    offered again (unless a save mends it sooner)."""
+
+    miss_lifetime_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
+    """Seconds for which an object that was not there is not asked for again. 0: it is asked for each time."""
+
+    lowest_profile: Literal["near-lossless", "balanced", "small"] | None = None
+    """Quality down to which a load may go where the link is too slow for `profile` (a lossy one). None: not below it."""
 
     cache_dir: Path = Field(default_factory=lambda: _default_cache_dir())
     """Where digests of model weights are remembered between starts."""

@@ -37,6 +37,10 @@ class StoreUnavailableError(StoreError):
     """Not reachable, timed out, or answered with a server error: trying later may help."""
 
 
+class StoreBusyError(StoreUnavailableError):
+    """The store asked to slow down, or a write was put off because it had: reads go on, writes wait."""
+
+
 class StoreRefusedError(StoreError):
     """Reached, but refused: credentials, permission, missing bucket. Trying again will not help."""
 
