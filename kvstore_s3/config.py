@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     """Encoded bytes kept in this process's memory in front of the other tiers. 0: none."""
 
     nvme_tier_dir: Path | None = None
-    """Directory on a local disk that keeps objects in front of the store; processes may share it. None: no such tier."""
+    """Directory on a local disk that keeps objects in front of the store; processes may share it."""
 
     nvme_tier_bytes: Annotated[int, Field(ge=16 * MiB)] = 64 * 1024 * MiB
     """Budget of `nvme_tier_dir`, for all processes that share it together."""
@@ -132,7 +132,7 @@ class Settings(BaseSettings):
     """Seconds for which an object that was not there is not asked for again. 0: it is asked for each time."""
 
     lowest_profile: Literal["near-lossless", "balanced", "small"] | None = None
-    """Quality down to which a load may go where the link is too slow for `profile` (a lossy one). None: not below it."""
+    """Quality down to which a load may go where the link is too slow for a lossy `profile`. None: not below it."""
 
     cache_dir: Path = Field(default_factory=lambda: _default_cache_dir())
     """Where digests of model weights are remembered between starts."""
