@@ -69,6 +69,7 @@ class KVStore:
             find_calibration=self.calibrations.find,
             concurrency=settings.lookup_concurrency,
             verdict_lifetime_s=settings.verdict_lifetime_s,
+            miss_lifetime_s=settings.miss_lifetime_s,
         )
         self._reader = Reader(
             objects=objects,
@@ -178,7 +179,9 @@ class KVStore:
         size = self.namespace.chunk_tokens
         first = first_token // size
         chunks = self._identities(tokens, salt)[first : first + kv.shape[2] // size]
-        found = await self._finder.find_all(chunks, stop_at_miss=False, thorough=True, first_token=first_token)
+        found = await self._finder.find_all(
+            chunks, stop_at_miss=False, thorough=True, first_token=first_token, fresh=True
+        )
         missing = [index for index, chunk in enumerate(found) if chunk is None]
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
         encoding = await self._choose_encoding(prefix_quality) if missing else None

@@ -35,8 +35,12 @@ LAYERS = {
     "hits": 4,
     "load": 4,
     "lookup": 4,
+    "reader": 4,
     "runtime": 4,
     "store": 4,
+    "streaming": 4,
+    "tiers": 4,
+    "verdicts": 4,
     "cli": 5,
     "connectors": 5,
 }

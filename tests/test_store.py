@@ -374,6 +374,7 @@ async def test_a_plausible_wrong_hint_is_corrected_by_the_header(tmp_path: Path)
         hint = encode_hint(replace(chunk.table, sections=tuple(moved)))
         data = (tmp_path / chunk.object_key).read_bytes()
         await store.objects.put(chunk.object_key, data, metadata={HINT_NAME: hint or ""}, replace=True)
+    async with KVStore.open(tmp_path.as_uri(), namespace, SMALL_RANGES) as store:
         hit = await store.lookup(tokens)
         assert hit.chunks[1].table != chunk.table, "the hint was not plausible enough to be tried"
         assert same_bits(await store.load(hit), kv)

@@ -1,0 +1,61 @@
+"""What lookups and loads found out about chunks, each for a while. For one event loop."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from typing import NamedTuple
+
+from kvstore_s3.load import StoredChunk
+
+_MOST_VERDICTS = 1 << 17
+"""Chunks remembered at once; beyond them the oldest verdicts are forgotten."""
+
+
+class Verdict(NamedTuple):
+    """`chunk` is None where the object was not there."""
+
+    until: float
+    chunk: StoredChunk | None
+
+
+class Verdicts:
+    """A chunk was found, or was not there, or was lost: damaged, gone while it was read, or of no use to this quality.
+
+    What was found is remembered for `lifetime_s`, and so is what was lost; what was not there for `miss_lifetime_s`.
+    """
+
+    def __init__(self, *, lifetime_s: float, miss_lifetime_s: float) -> None:
+        self._lifetime_s = lifetime_s
+        self._miss_lifetime_s = miss_lifetime_s
+        self._known: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._lost: dict[bytes, float] = {}
+
+    def find(self, key: bytes) -> Verdict | None:
+        """What a lookup said of the chunk, while it holds."""
+        verdict = self._known.get(key)
+        return verdict if verdict is not None and verdict.until > time.monotonic() else None
+
+    def note(self, key: bytes, chunk: StoredChunk | None) -> None:
+        """A lookup found `chunk`, or nothing."""
+        lifetime_s = self._miss_lifetime_s if chunk is None else self._lifetime_s
+        self._known.pop(key, None)
+        if lifetime_s:
+            self._known[key] = Verdict(time.monotonic() + lifetime_s, chunk)
+        if len(self._known) > _MOST_VERDICTS:
+            self._known.popitem(last=False)
+
+    def lose(self, key: bytes) -> None:
+        """The object cannot be used."""
+        now = time.monotonic()
+        self._known.pop(key, None)
+        self._lost = {key: until for key, until in self._lost.items() if until > now}
+        self._lost[key] = now + self._lifetime_s
+
+    def is_lost(self, key: bytes) -> bool:
+        return self._lost.get(key, 0.0) > time.monotonic()
+
+    def forget(self, key: bytes) -> None:
+        """The object was written anew."""
+        self._known.pop(key, None)
+        self._lost.pop(key, None)
