@@ -1,0 +1,130 @@
+"""The host tier: encoded bytes in this process's memory, used where they lie."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+
+from kvstore_s3.metrics import Count, ignore
+from kvstore_s3.tier.base import PAGE, Memory, TierStats
+from kvstore_s3.tier.eviction import Eviction
+from kvstore_s3.tier.extents import Extent, Extents
+
+
+@dataclass(slots=True)
+class _Block:
+    memory: memoryview
+    borrowers: int = 0
+    kept: bool = True
+
+
+class _Loan(AbstractContextManager[memoryview]):
+    """Part of a block that is not freed from now on until the context ends."""
+
+    def __init__(self, block: _Block, start: int, end: int, give_back: Callable[[_Block], None]) -> None:
+        block.borrowers += 1
+        self._block = block
+        self._view = block.memory[start:end]
+        self._give_back = give_back
+
+    def __enter__(self) -> memoryview:
+        return self._view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._block.borrowers -= 1
+        self._give_back(self._block)
+
+
+class HostTier:
+    """Extents in blocks of `memory` (see `MemoryTier`), which it uses alone and does not close.
+
+    A borrowed extent keeps its block until the last borrower is done, even where it is dropped meanwhile. What `borrow`
+    returns must be entered, and at once: the bytes are held from then on.
+    Counts "host_hit_bytes", "host_kept_bytes" and "tier_evictions".
+    """
+
+    name = "host"
+
+    def __init__(self, memory: Memory, count: Count = ignore) -> None:
+        self._memory = memory
+        self._count = count
+        self._extents = Extents()
+        self._blocks: dict[Extent, _Block] = {}
+        self._eviction: Eviction[Extent] = Eviction(memory.size)
+        self._closed = False
+
+    @property
+    def stats(self) -> TierStats:
+        return TierStats(len(self._extents), self._eviction.bytes, self._memory.size)
+
+    def covers(self, key: str, start: int, end: int) -> bool:
+        """Whether `borrow` would answer."""
+        return start < end and self._extents.holding(key, start, end) is not None
+
+    def borrow(self, key: str, start: int, end: int) -> AbstractContextManager[memoryview] | None:
+        extent = self._extents.holding(key, start, end) if start < end else None
+        if extent is None:
+            return None
+        self._eviction.visit(extent, time.monotonic())
+        self._count("host_hit_bytes", end - start)
+        return _Loan(self._blocks[extent], start - extent.start, end - extent.start, self._free_unused)
+
+    def offer(self, key: str, start: int, data: memoryview) -> bool:
+        extent = Extent(key, start, start + len(data))
+        if self._closed or not 0 < extent.size <= self._memory.size:
+            return False
+        if (holder := self._extents.holding(*extent)) is not None:
+            self._eviction.visit(holder, time.monotonic())
+            return True
+        for superfluous in self._extents.within(extent):
+            self._discard(superfluous)
+        block = self._allocate(extent.size)
+        if block is None:
+            return False
+        block[: extent.size] = data
+        self._blocks[extent] = _Block(block)
+        self._extents.add(extent)
+        self._eviction.add(extent, _pages(extent.size), time.monotonic())
+        self._count("host_kept_bytes", extent.size)
+        return True
+
+    def drop(self, key: str) -> None:
+        for extent in self._extents.of(key):
+            self._discard(extent)
+
+    async def close(self) -> None:
+        self._closed = True
+        for extent in tuple(self._extents):
+            self._discard(extent)
+
+    def _allocate(self, size: int) -> memoryview | None:
+        while (block := self._memory.allocate(size)) is None:
+            victim = self._eviction.evict(self._is_borrowed)
+            if victim is None:
+                return None
+            self._discard(victim)
+            self._count("tier_evictions", 1)
+        return block
+
+    def _is_borrowed(self, extent: Extent) -> bool:
+        return self._blocks[extent].borrowers > 0
+
+    def _discard(self, extent: Extent) -> None:
+        self._extents.discard(extent)
+        self._eviction.remove(extent)
+        block = self._blocks.pop(extent)
+        block.kept = False
+        self._free_unused(block)
+
+    def _free_unused(self, block: _Block) -> None:
+        if not block.kept and block.borrowers == 0:
+            self._memory.free(block.memory)
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE

@@ -1,0 +1,325 @@
+"""The NVMe tier: pieces of objects as files on a local disk, shared by several processes.
+
+This half decides, on the event loop; `nvme_files` carries out, in threads. What is kept is known from the files' names,
+read once at the start and again when another process says that it wrote something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiofiles
+
+from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.metrics import Count, ignore
+from kvstore_s3.objectstore.awaiting import finish
+from kvstore_s3.objectstore.base import check_key
+from kvstore_s3.tier.base import TierStats
+from kvstore_s3.tier.extents import Extent
+from kvstore_s3.tier.nvme_files import Committed, NvmeFiles, Temporary
+from kvstore_s3.tier.nvme_index import NvmeIndex
+from kvstore_s3.tier.nvme_names import digest_of
+from kvstore_s3.tier.nvme_usage import parse
+from kvstore_s3.tier.open_pieces import OpenPiece, OpenPieces
+from kvstore_s3.tier.pieces import Write, file_size
+from kvstore_s3.tier.switch import Switch
+
+T = TypeVar("T")
+
+_MOST_OPEN = 128
+_MOST_ROUNDS = 8
+_NEWS_S = 2.0
+_LARGEST_PIECE = 1024 * 1024 * 1024
+_logger = logging.getLogger("kvstore_s3")
+
+
+class NvmeTier:
+    """Extents in files below `directory` (see `DiskTier`), at most `budget_bytes` for all processes together.
+
+    It is empty until `start` was called, or until the first offer. A disk that fails is left alone for a while and
+    tried again by itself; each kind of failure is logged once. `threads` bounds the reads at a time, and the writes.
+    Counts "nvme_hit_bytes", "nvme_kept_bytes", "nvme_errors" and "tier_evictions".
+    """
+
+    name = "nvme"
+
+    def __init__(self, directory: Path, budget_bytes: int, threads: int = 4, count: Count = ignore) -> None:
+        self._directory = directory
+        self._count = count
+        self._files = NvmeFiles(directory, budget_bytes)
+        self._index = NvmeIndex(budget_bytes)
+        self._leaving: set[Extent] = set()
+        self._open = OpenPieces(_MOST_OPEN)
+        self._reading = ThreadPoolExecutor(threads, "kvstore-s3-nvme-read")
+        self._writing = ThreadPoolExecutor(threads, "kvstore-s3-nvme-write")
+        self._reads, self._writes = Switch(failures=3), Switch(failures=1)
+        self._said: set[int | None] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._starting: asyncio.Task[bool] | None = None
+        self._started = self._closed = False
+        self._generation = 0
+        self._next_news = 0.0
+
+    @property
+    def stats(self) -> TierStats:
+        """What this process knows of; the budget counts what all processes keep."""
+        return TierStats(len(self._index.extents), self._index.bytes, self._files.budget)
+
+    async def start(self) -> bool:
+        """Find what is kept, remove what dead writers left. False where the directory cannot be used now."""
+        if self._started or self._closed:
+            return self._started
+        if self._starting is None or self._starting.done():
+            self._starting = self._spawn(self._start())
+        return await asyncio.shield(self._starting)
+
+    def covers(self, key: str, start: int, end: int) -> bool:
+        now = time.monotonic()
+        covered = self._reads.is_on(now) and self._index.extents.covers(digest_of(key), start, end)
+        if not covered and self._started and now >= self._next_news:
+            self._next_news = now + _NEWS_S
+            self._spawn(self._look_for_news())
+        return covered
+
+    async def read(self, key: str, start: int, into: memoryview) -> bool:
+        parts = self._index.extents.parts(digest_of(key), start, start + len(into))
+        if not parts or not self._reads.is_on(time.monotonic()):
+            return False
+        for extent, begin, end in parts:
+            if not await self._read_part(key, extent, begin, into[begin - start : end - start]):
+                return False
+        self._count("nvme_hit_bytes", len(into))
+        return True
+
+    async def offer(self, key: str, piece_start: int, piece_end: int, start: int, data: memoryview) -> None:
+        extent = Extent(digest_of(check_key(key)), piece_start, piece_end)
+        if not 0 <= piece_start <= start <= start + len(data) <= piece_end:
+            raise InvalidArgumentError(f"bytes {start} to {start + len(data)} are not in [{piece_start}, {piece_end})")
+        if self._closed or not self._writes.is_on(time.monotonic()) or not await self.start():
+            return
+        if (holder := self._index.extents.holding(*extent)) is not None:
+            self._index.visit(holder, time.monotonic())
+            return
+        piece, idle = self._open.find(key, extent, time.monotonic())
+        if idle is not None:
+            self._abandon(idle)
+        if piece is not None and data:
+            await self._offer_to(piece, start, data)
+
+    def abandon(self, key: str, piece_start: int) -> None:
+        piece = self._open.pop(digest_of(key), piece_start)
+        if piece is not None:
+            self._abandon(piece)
+
+    def drop(self, key: str) -> None:
+        name = digest_of(key)
+        for piece in self._open.pop_all(name):
+            piece.dropped = True
+            self._abandon(piece)
+        self._remove_soon(self._index.extents.of(name))
+
+    async def close(self) -> None:
+        self._closed = True
+        self._started = False
+        for piece in self._open.pop_all():
+            self._abandon(piece)
+        while self._tasks:
+            await finish(asyncio.wait(tuple(self._tasks)))
+        self._index.forget_all()
+        for pool in (self._reading, self._writing):
+            await finish(asyncio.to_thread(pool.shutdown))
+
+    async def _start(self) -> bool:
+        try:
+            listing = await self._run(self._writing, self._files.open)
+        except OSError as error:
+            self._failed(error, self._writes, "write")
+            return False
+        self._index.add_found(listing.found, self._leaving, time.monotonic())
+        self._generation = listing.generation
+        self._started = not self._closed
+        self._writes.worked()
+        return self._started
+
+    async def _look_for_news(self) -> None:
+        try:
+            async with aiofiles.open(self._files.usage_path, "rb") as file:
+                _, generation = parse(await file.read(64))
+            if generation != self._generation:
+                began = time.monotonic()
+                found = await self._run(self._reading, self._files.find)
+                self._next_news = max(self._next_news, began + 50 * (time.monotonic() - began))
+                self._index.add_found(found, self._leaving, began)
+                self._generation = generation
+        except OSError as error:
+            self._failed(error, self._reads, "read")
+
+    async def _read_part(self, key: str, extent: Extent, start: int, into: memoryview) -> bool:
+        if self._closed:
+            return False
+        now = time.monotonic()
+        verify_for = None if self._index.is_verified(extent) else key
+        touch = self._index.wants_touch(extent, now)
+
+        def read() -> int | None:
+            return self._files.read(extent, start, into, verify_for=verify_for, touch=touch)
+
+        try:
+            used_ns = await self._run(self._reading, read)
+        except FileNotFoundError:  # another process evicted it
+            self._index.forget(extent)
+            return False
+        except OSError as error:
+            self._failed(error, self._reads, "read")
+            self._remove_soon([extent])
+            return False
+        self._reads.worked()
+        self._index.verify(extent)
+        self._index.visit(extent, now)
+        if used_ns is not None:
+            self._index.touched(extent, used_ns)
+        return True
+
+    async def _offer_to(self, piece: OpenPiece, start: int, data: memoryview) -> None:
+        try:
+            async with piece.lock:
+                if not piece.abandoned:
+                    await finish(self._advance(piece, start, data))
+        except asyncio.CancelledError:
+            self._open.remove(piece)
+            self._abandon(piece)
+            raise
+
+    async def _advance(self, piece: OpenPiece, start: int, data: memoryview) -> None:
+        """Write what was offered, and give the file its name once it is whole. The caller holds the piece's lock."""
+        if piece.ignored:
+            piece.piece.skip(start, start + len(data))
+        else:
+            await self._write(piece, piece.piece.take(start, data))
+        if piece.piece.is_whole:
+            self._open.remove(piece)
+
+    async def _write(self, piece: OpenPiece, writes: list[Write]) -> None:
+        temporary, piece.temporary = piece.temporary, None
+        try:
+            if temporary is None:
+                temporary = await self._reserve(piece.extent)
+            if temporary is None:
+                self._open.ignore(piece)
+                return
+            committed = await self._write_to(temporary, piece, writes)
+        except OSError as error:
+            self._open.ignore(piece)
+            self._failed(error, self._writes, "write")
+            return
+        self._writes.worked()
+        if committed is None:
+            piece.temporary = temporary
+        else:
+            self._keep(piece, committed)
+
+    async def _write_to(self, temporary: Temporary, piece: OpenPiece, writes: list[Write]) -> Committed | None:
+        whole = piece.piece.is_whole
+
+        def write() -> Committed | None:
+            try:
+                self._files.write(temporary, writes)
+                return self._files.commit(temporary, piece.key) if whole else None
+            except OSError:
+                self._files.discard(temporary)
+                raise
+
+        return await self._run(self._writing, write)
+
+    def _keep(self, piece: OpenPiece, committed: Committed) -> None:
+        if committed.generation == self._generation + 1:
+            self._generation = committed.generation
+        self._index.add(piece.extent, committed.modified_ns, time.monotonic(), proven=False)
+        self._index.verify(piece.extent)
+        self._count("nvme_kept_bytes", piece.extent.size)
+        superfluous = self._index.extents.within(piece.extent)
+        self._remove_soon([piece.extent] if piece.dropped else superfluous)
+
+    async def _reserve(self, extent: Extent) -> Temporary | None:
+        """A place for `extent`, evicting as it takes; None where there is none to be had."""
+        if file_size(extent) > self._files.budget or extent.size > _LARGEST_PIECE:
+            return None
+        missing = 0
+        for _ in range(_MOST_ROUNDS):
+            victims = self._index.choose_victims(missing)
+            if missing > 0 and not victims:  # all that is there was found by others, or the count drifted
+                found = await self._run(self._writing, self._files.recount)
+                self._index.add_found(found, self._leaving, time.monotonic())
+                victims = self._index.choose_victims(missing)
+            reservation = None
+            try:
+                reservation = await self._run(self._writing, partial(self._files.reserve, extent, victims))
+            finally:
+                self._index.settle(victims, reservation, time.monotonic())
+            self._count("tier_evictions", len(reservation.removed))
+            if reservation.temporary is not None:
+                return reservation.temporary
+            missing = reservation.missing
+        return None
+
+    def _abandon(self, piece: OpenPiece) -> None:
+        """The piece was taken out already; what it wrote is removed once nobody works on it."""
+        piece.abandoned = True
+        if piece.temporary is not None or piece.lock.locked():
+            self._spawn(self._discard(piece))
+
+    async def _discard(self, piece: OpenPiece) -> None:
+        async with piece.lock:
+            temporary, piece.temporary = piece.temporary, None
+            if temporary is not None:
+                await self._run(self._writing, partial(self._files.discard, temporary))
+
+    def _remove_soon(self, extents: Iterable[Extent]) -> None:
+        leaving = [extent for extent in extents if extent not in self._leaving]
+        for extent in leaving:
+            self._index.forget(extent)
+        if leaving:
+            self._leaving.update(leaving)
+            self._spawn(self._remove(leaving))
+
+    async def _remove(self, extents: list[Extent]) -> None:
+        try:
+            await self._run(self._writing, partial(self._files.remove, extents))
+        except OSError as error:
+            self._failed(error, self._writes, "write")
+        finally:
+            self._leaving.difference_update(extents)
+
+    def _failed(self, error: OSError, switch: Switch, verb: str) -> None:
+        switch.failed(time.monotonic())
+        if error.errno == errno.ENOENT:  # the directory was removed: begin again with an empty one
+            self._started = False
+            self._index.forget_all()
+            for piece in self._open.pop_all():
+                self._abandon(piece)
+        self._count("nvme_errors", 1)
+        if error.errno not in self._said:
+            self._said.add(error.errno)
+            _logger.warning(
+                "the NVMe tier in %s could not %s (%s); the object store goes on without it, it is tried again later",
+                self._directory,
+                verb,
+                error,
+            )
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await finish(asyncio.get_running_loop().run_in_executor(pool, work))
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

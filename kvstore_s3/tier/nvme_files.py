@@ -1,0 +1,310 @@
+"""The blocking half of the NVMe tier, called in threads: files below a directory that several processes share.
+
+    <directory>/v1/usage          bytes in use, locked (see `nvme_usage`)
+    <directory>/v1/.tmp/<random>  a piece in the making, locked by its writer
+    <directory>/v1/<hh>/<name>    a piece that is whole (see `nvme_names`)
+
+A piece appears by renaming. Nothing is forced to the disk: after a power failure a file may hold anything, and the
+digests of the sections in it, which are verified at each read, tell. Whatever adds or removes a file holds the lock on
+`usage`. Raises OSError as it comes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstore_s3.tier.base import PAGE
+from kvstore_s3.tier.direct_io import read_fully, write_fully
+from kvstore_s3.tier.extents import Extent
+from kvstore_s3.tier.nvme_directory import check_private, probe_direct
+from kvstore_s3.tier.nvme_names import header_fault, make_header, parse_name, path_of
+from kvstore_s3.tier.nvme_usage import Ledger, SharedUsage
+from kvstore_s3.tier.pieces import Write, file_position, file_size
+
+_OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What is there: extents and when they were last asked for (ns since 1970), and whether O_DIRECT works."""
+
+    found: Mapping[Extent, int]
+    generation: int
+    direct: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """A reserved and locked file for `extent`; `file` is its descriptor."""
+
+    extent: Extent
+    path: Path
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A place for a piece, or by how many bytes the budget is exceeded, and what became of the victims."""
+
+    temporary: Temporary | None
+    missing: int
+    removed: Sequence[Extent] = ()
+    spared: Mapping[Extent, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A piece got its name; `modified_ns` as in `Listing`."""
+
+    modified_ns: int
+    generation: int
+
+
+class NvmeFiles:
+    """The files of one tier. `budget` bounds their sizes together, whichever process made them."""
+
+    def __init__(self, directory: Path, budget: int) -> None:
+        self.root = directory / "v1"
+        self.budget = budget
+        self.direct = False
+        self._temporaries = self.root / ".tmp"
+        self._usage = SharedUsage(self.root / "usage")
+
+    @property
+    def usage_path(self) -> Path:
+        return self._usage.path
+
+    def open(self) -> Listing:
+        """Create what is missing, remove what dead writers left, and count what is in use."""
+        self.root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (self.root, self._temporaries):
+            directory.mkdir(exist_ok=True, mode=0o700)
+            check_private(directory)
+        with self._usage.locked() as ledger:
+            self.direct = probe_direct(self._temporaries)
+            return Listing(self._recount(ledger), ledger.generation, self.direct)
+
+    def find(self) -> dict[Extent, int]:
+        """All whole pieces, with the time of their last use. Foreign files are left out."""
+        return {extent: status.st_mtime_ns for extent, status in self._walk() if _is_whole(extent, status)}
+
+    def reserve(self, extent: Extent, victims: Sequence[tuple[Extent, int]]) -> Reservation:
+        """A temporary for `extent`, after removing as many of `victims` as it takes.
+
+        A victim comes with the time of its last use as far as it is known here: one that another process used since
+        is spared. Those that are neither removed nor spared were not needed.
+        """
+        size = file_size(extent)
+        with self._usage.locked() as ledger:
+            if ledger.used is None:
+                self._recount(ledger)
+            if self._missing(ledger, size) > 0:
+                self._sweep(ledger)
+            removed, spared = self._remove_victims(ledger, size, victims)
+            if (missing := self._missing(ledger, size)) > 0:
+                return Reservation(None, missing, removed, spared)
+            ledger.change(size)
+            temporary = self._create_temporary(extent, size)
+        try:
+            os.posix_fallocate(temporary.file, 0, size)
+        except OSError:
+            self.discard(temporary)
+            raise
+        return Reservation(temporary, 0, removed, spared)
+
+    def recount(self) -> dict[Extent, int]:
+        """Count what is in use, in case the number drifted; return what is there."""
+        with self._usage.locked() as ledger:
+            return self._recount(ledger)
+
+    def write(self, temporary: Temporary, writes: Sequence[Write]) -> None:
+        for position, data in writes:
+            write_fully(temporary.file, position, data, direct=self.direct)
+
+    def commit(self, temporary: Temporary, key: str) -> Committed:
+        """Write the header and give the file its name. Closes the temporary."""
+        extent = temporary.extent
+        header = memoryview(mmap.mmap(-1, PAGE))
+        header[:] = make_header(key, extent)
+        write_fully(temporary.file, 0, header, direct=self.direct)
+        target = self.root / path_of(extent)
+        with self._usage.locked() as ledger:
+            target.parent.mkdir(exist_ok=True, mode=0o700)
+            if _remove(target):  # another process was as fast
+                ledger.change(-file_size(extent))
+            os.rename(temporary.path, target)
+            committed = Committed(os.fstat(temporary.file).st_mtime_ns, ledger.announce())
+        os.close(temporary.file)
+        return committed
+
+    def discard(self, temporary: Temporary) -> None:
+        """Remove a temporary. Where that fails, the next process to start does it, for the lock is gone."""
+        try:
+            with suppress(OSError), self._usage.locked() as ledger:
+                if _remove(temporary.path):
+                    ledger.change(-file_size(temporary.extent))
+        finally:
+            os.close(temporary.file)
+
+    def remove(self, extents: Sequence[Extent]) -> None:
+        """Remove pieces; those that are gone already are no error."""
+        with self._usage.locked() as ledger:
+            for extent in extents:
+                if _remove(self.root / path_of(extent)):
+                    ledger.change(-file_size(extent))
+
+    def read(self, extent: Extent, start: int, into: memoryview, *, verify_for: str | None, touch: bool) -> int | None:
+        """Fill `into` with the object's bytes from `start` on.
+
+        Verifies the file's header, too, where `verify_for` names the key (EBADMSG). With `touch` the other processes
+        learn that the piece is in use, and the time that they will see is returned.
+        """
+        flags = os.O_RDONLY | _OPEN | (os.O_DIRECT if self.direct else 0)
+        file = os.open(self.root / path_of(extent), flags)
+        try:
+            if verify_for is not None:
+                self._verify(file, extent, verify_for)
+            read_fully(file, file_position(extent, start), into, direct=self.direct)
+            return _touch(file) if touch else None
+        finally:
+            os.close(file)
+
+    def _verify(self, file: int, extent: Extent, key: str) -> None:
+        status = os.fstat(file)
+        page = bytearray(PAGE)
+        fault: str | None = "its size is wrong"
+        if _is_whole(extent, status):
+            read_fully(file, 0, memoryview(page), direct=self.direct)
+            fault = header_fault(bytes(page), key, extent)
+        if fault is not None:
+            raise OSError(errno.EBADMSG, fault, str(self.root / path_of(extent)))
+
+    def _missing(self, ledger: Ledger, size: int) -> int:
+        return (ledger.used or 0) + size - self.budget
+
+    def _remove_victims(
+        self, ledger: Ledger, size: int, victims: Sequence[tuple[Extent, int]]
+    ) -> tuple[list[Extent], dict[Extent, int]]:
+        removed: list[Extent] = []
+        spared: dict[Extent, int] = {}
+        for victim, known_ns in victims:
+            if self._missing(ledger, size) <= 0:
+                break
+            path = self.root / path_of(victim)
+            used_ns = _modified_ns(path)
+            if used_ns is not None and used_ns > known_ns:
+                spared[victim] = used_ns
+                continue
+            if _remove(path):
+                ledger.change(-file_size(victim))
+            removed.append(victim)
+        return removed, spared
+
+    def _recount(self, ledger: Ledger) -> dict[Extent, int]:
+        found: dict[Extent, int] = {}
+        used = 0
+        for extent, status in self._walk():
+            if _is_whole(extent, status):
+                found[extent] = status.st_mtime_ns
+                used += status.st_size
+            else:
+                _remove(self.root / path_of(extent))  # cut short by whoever
+        ledger.set(used + sum(size for _, size in self._living_temporaries()))
+        return found
+
+    def _sweep(self, ledger: Ledger) -> None:
+        """Give back what the temporaries of dead writers occupy."""
+        before = {entry.path: entry.stat().st_size for entry in _scan(self._temporaries)}
+        living = {path for path, _ in self._living_temporaries()}
+        for path in before.keys() - living:
+            ledger.change(-before[path])
+
+    def _living_temporaries(self) -> Iterator[tuple[str, int]]:
+        """Path and size of each temporary whose writer lives; the others are removed on the way."""
+        for entry in _scan(self._temporaries):
+            if entry.is_file(follow_symlinks=False) and not _remove_if_dead(entry.path):
+                yield entry.path, entry.stat(follow_symlinks=False).st_size
+
+    def _walk(self) -> Iterator[tuple[Extent, os.stat_result]]:
+        for number in range(256):
+            directory = self.root / f"{number:02x}"
+            for entry in _scan(directory):
+                extent = parse_name(entry.name)
+                if extent is None or not extent.name.startswith(directory.name):
+                    continue
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISREG(status.st_mode):
+                        yield extent, status
+
+    def _create_temporary(self, extent: Extent, size: int) -> Temporary:
+        path = self._temporaries / secrets.token_hex(16)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN | (os.O_DIRECT if self.direct else 0)
+        file = os.open(path, flags, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, size)  # a count from now on sees it in full
+        except OSError:
+            _remove(path)
+            os.close(file)
+            raise
+        return Temporary(extent, path, file)
+
+
+def _scan(directory: Path) -> Iterator[os.DirEntry[str]]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
+        yield from entries
+
+
+def _is_whole(extent: Extent, status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_size == file_size(extent)
+
+
+def _remove(path: Path | str) -> bool:
+    """Whether there was something to remove."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _remove_if_dead(path: str) -> bool:
+    """Remove a temporary that nobody holds the lock of. The caller holds the lock on `usage`."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | _OPEN)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return _remove(path)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
+def _modified_ns(path: Path) -> int | None:
+    try:
+        return os.stat(path, follow_symlinks=False).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _touch(file: int) -> int | None:
+    now = time.time_ns()
+    try:
+        os.utime(file, ns=(now, now))
+    except OSError:  # a read-only file system; others then do not know
+        return None
+    return now
