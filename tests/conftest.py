@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from local_server import LocalServer
 from servers import build_servers, running_server
+from slab_watch import watch_slabs
 
 _KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
 
@@ -28,6 +29,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith(("AWS_", "KVSTORE_S3_")) and name not in _KEPT:
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fails the test where a slab of any pool made in it was not given back."""
+    with watch_slabs():
+        yield
 
 
 @pytest.fixture(scope="session")
