@@ -33,6 +33,12 @@ SURE_GAIN = 0.25
 LIKELY_GAIN = 0.08
 """... and one that saves this share, when it is found twice in a row. Less may be noise."""
 
+LATE_TIMES = 2.0
+"""Reads that take this many times as long as the bandwidth promises are late ..."""
+
+LATE_S = 0.1
+"""... but not before this many seconds: shorter stalls pass by themselves more often than not."""
+
 Floats = NDArray[np.float64]
 
 
@@ -140,6 +146,15 @@ def plan(
         min(level + (number < raised), len(chunk.bytes_by_level)) for number, chunk in enumerate(chunks[:keep])
     )
     return Plan(levels, keep, seconds)
+
+
+def late_after(size: int, bandwidth: float | None) -> float:
+    """Seconds after which reads of `size` bytes in all that are under way together are late.
+
+    A link that hangs finishes nothing that an estimate could be made of. So when reads are late, and again whenever
+    that time has doubled, ask `Replanner.revise` with the most that the bandwidth can be: `size` over the time passed.
+    """
+    return max(LATE_TIMES * size / bandwidth if bandwidth else 0.0, LATE_S)
 
 
 class Replanner:

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore_s3.planner import ChunkCost, PrefillSpeed, Replanner, plan
+from kvstore_s3.planner import ChunkCost, PrefillSpeed, Replanner, late_after, plan
 
 CHUNK = 256
 GROUPS = 8
@@ -99,6 +99,21 @@ def test_noise_in_the_estimate_cuts_nothing() -> None:
             rate = 1e8 * generator.uniform(0.75, 1.3)
             follower.revise(left_after(groups), bandwidth=rate, elapsed_s=1.2 * groups / GROUPS)
         assert follower.plan.keep == 4
+
+
+def test_reads_are_late_at_twice_their_time_but_not_before_a_tenth_of_a_second() -> None:
+    assert late_after(10**8, 1e8) == 2.0
+    assert late_after(10**6, 1e8) == 0.1
+    assert late_after(10**8, None) == 0.1
+
+
+def test_reads_that_hang_give_the_load_up() -> None:
+    follower = start(1e8)
+    waited = late_after(60_000_000, 1e8)
+    while follower.plan.keep and waited < 60:
+        follower.revise(left_after(2), bandwidth=60_000_000 / waited, elapsed_s=0.3 + waited)
+        waited *= 2
+    assert waited < 10
 
 
 @given(st.lists(st.tuples(st.floats(1e5, 1e9), st.floats(0, 5)), max_size=GROUPS), st.floats(0.1, 5) | st.none())
