@@ -1,7 +1,7 @@
 """Which byte ranges to read: bands of layers, and in each as many levels as the reader wants. Pure.
 
 Sections of one level are neighbours in layer order, and levels lie one after the other. So a band is one range for each
-level, and where it has all layers, one range in all.
+level, and where it has all layers, one range in all. `plan_ranges` then says by which requests ranges are read.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from kvstore_s3.bitstream import Section, SectionTable
+from kvstore_s3.errors import InvalidArgumentError
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,19 @@ class BandRange:
     @property
     def length(self) -> int:
         return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Bytes `start` to `end` of an object, to be read by one request.
+
+    `parts` are the numbers of the wanted ranges that lie inside it, by position; where it is a piece of a single range
+    that is too large for one request, that one's number.
+    """
+
+    start: int
+    end: int
+    parts: tuple[int, ...]
 
 
 def count_levels(table: SectionTable) -> int:
@@ -104,3 +118,35 @@ def _sizes_up_to(table: SectionTable, levels: int) -> dict[int, int]:
         if section.level < levels:
             sizes[section.layer_end] = sizes.get(section.layer_end, 0) + section.stored_length
     return dict(zip(sizes, accumulate(sizes.values()), strict=True))
+
+
+def plan_ranges(sections: Sequence[tuple[int, int]], *, max_bytes: int, gap_bytes: int) -> list[Request]:
+    """Requests that read `sections`, (start, end) each, in any order: sorted by position, never overlapping.
+
+    Neighbours with at most `gap_bytes` between them are read by one request of up to `max_bytes`, the gap along with
+    them: a request costs more than a few unwanted bytes. A section is cut only where it is larger than `max_bytes`
+    itself, into requests of about equal size that share no other section. Raises `InvalidArgumentError` where sections
+    are empty or overlap.
+    """
+    plan: list[Request] = []
+    reached, open_request = 0, False
+    for number in sorted(range(len(sections)), key=sections.__getitem__):
+        start, end = sections[number]
+        if not reached <= start < end:
+            raise InvalidArgumentError(f"bytes {start} to {end} are empty or overlap with those before {reached}")
+        if end - start > max_bytes:
+            plan += _cut_section(start, end, number, max_bytes)
+            open_request = False
+        elif open_request and start - reached <= gap_bytes and end - plan[-1].start <= max_bytes:
+            plan[-1] = Request(plan[-1].start, end, (*plan[-1].parts, number))
+        else:
+            plan.append(Request(start, end, (number,)))
+            open_request = True
+        reached = end
+    return plan
+
+
+def _cut_section(start: int, end: int, number: int, max_bytes: int) -> list[Request]:
+    count = -(-(end - start) // max_bytes)
+    cuts = [start + (end - start) * index // count for index in range(count + 1)]
+    return [Request(begin, stop, (number,)) for begin, stop in pairwise(cuts)]
