@@ -17,7 +17,7 @@ FUZZ_DIR := build/fuzz
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec fuzz clean
+.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io fuzz clean
 
 help: ## this list
 	@echo "kvstore_s3: persistent LLM KV caches on object stores"
@@ -101,6 +101,14 @@ $(FUZZ_DIR)/write_seeds: csrc/fuzz/write_seeds.cpp $(FUZZED)
 
 bench-codec: venv ## quality for bits beside published KV codecs (MODEL=dir, TEXTS=dir of .txt files): table, JSON, SVG
 	@$(BIN)/python benchmarks/codec_quality.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXTS),--texts $(TEXTS))
+
+bench-io: $(VENV)/.bench-io ## cost of moving bytes beside other S3 clients, lookups, many streams, local disk: table, JSON, SVG
+	@$(BIN)/python benchmarks/io_bench.py
+
+$(VENV)/.bench-io: $(VENV)/.installed
+	@echo "installing the S3 clients to compare with into $(VENV)"
+	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench-io]'; else $(BIN)/python -m pip install --quiet -e '.[bench-io]'; fi
+	@touch $@
 
 clean: ## remove what was built, but no stored data
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
