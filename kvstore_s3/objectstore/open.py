@@ -13,6 +13,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.local import LocalStore
 from kvstore_s3.objectstore.memory import MemoryStore
@@ -24,8 +25,10 @@ _MAX_PREFIX = 500
 """So that prefix, '/' and a key of 512 characters stay below S3's limit of 1,024."""
 
 
-def open_store(url: str, settings: Settings) -> ObjectStore:
+def open_store(url: str, settings: Settings, count: Count = ignore) -> ObjectStore:
     """Return the store that `url` names, not yet connected: `probe` tells early whether it can be used.
+
+    `count` is told of requests, retries and the like.
 
     The S3 client is imported here and for s3:// alone. A store belongs to the event loop that it is first used in.
     Raises InvalidArgumentError where the URL or the endpoint in `settings` cannot be right.
@@ -40,7 +43,7 @@ def open_store(url: str, settings: Settings) -> ObjectStore:
 
             bucket, prefix = _parse_bucket(parts)
             _check_endpoint(settings.endpoint_url)
-            return S3Store(bucket, prefix, settings)
+            return S3Store(bucket, prefix, settings, count)
         case "memory":
             return MemoryStore(_parse_name(parts))
         case _:

@@ -1,4 +1,4 @@
-"""s3://bucket/prefix: S3 and servers that speak it, on aiobotocore.
+"""s3://bucket/prefix: S3 and servers that speak it.
 
 Keys lie below the prefix. Credentials come from the default AWS chain and appear in no message.
 """
@@ -6,12 +6,12 @@ Keys lie below the prefix. Credentials come from the default AWS chain and appea
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator, Mapping
 
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.objectstore.base import (
     Buffer,
     ObjectInfo,
@@ -22,11 +22,11 @@ from kvstore_s3.objectstore.base import (
     view_source,
     view_target,
 )
-from kvstore_s3.objectstore.s3_client import Answer, S3Client
+from kvstore_s3.objectstore.direct_exchange import Download
+from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ObjectExistsError, not_s3
 from kvstore_s3.objectstore.s3_multipart import MultipartUpload
 
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(?:\d{1,18}|\*)", re.ASCII)
 _BUCKET_TRUST_S = 60.0
 """For so long after the bucket was seen, a bodyless 404 is a missing object and not a missing bucket."""
 
@@ -34,11 +34,11 @@ _BUCKET_TRUST_S = 60.0
 class S3Store:
     """An `ObjectStore` in a bucket, below `prefix` ("" for none)."""
 
-    def __init__(self, bucket: str, prefix: str, settings: Settings) -> None:
+    def __init__(self, bucket: str, prefix: str, settings: Settings, count: Count = ignore) -> None:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
         self._multipart_bytes = settings.multipart_bytes
-        self._client = S3Client(self.url, settings)
+        self._client = S3Client(self.url, settings, count)
         self._slots = asyncio.Semaphore(settings.upload_concurrency)
         self._multipart = MultipartUpload(
             self._client,
@@ -85,19 +85,7 @@ class S3Store:
         name, target = self._name(key), view_target(start, into)
         if not target:
             return await self._check_start(key, start)
-
-        async def consume(answer: Answer) -> None:
-            async with answer["Body"] as body:
-                _check_answer(answer, key, start, len(target))
-                filled = 0
-                while filled < len(target):
-                    count = await body.readinto(target[filled:])
-                    if not count:
-                        raise ConnectionResetError(f"the answer ended after {filled} of {len(target)} bytes")
-                    filled += count
-
-        arguments = {**name, "Range": f"bytes={start}-{start + len(target) - 1}"}
-        await self._client.call("get_object", arguments, consume=consume, transfer=len(target))
+        await self._client.call("get_object", name, download=Download(key, start, target))
         return None
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
@@ -132,7 +120,7 @@ class S3Store:
             arguments["IfNoneMatch"] = "*"
         async with self._slots:
             try:
-                await self._client.call("put_object", arguments, body=source, transfer=len(source))
+                await self._client.call("put_object", arguments, body=source)
             except ObjectExistsError:
                 return False
         return True
@@ -153,17 +141,3 @@ class S3Store:
             seen = self._bucket_seen
             if seen is None or time.monotonic() - seen > _BUCKET_TRUST_S:
                 await self.probe()
-
-
-def _check_answer(answer: Answer, key: str, start: int, length: int) -> None:
-    """Refuse an answer that is not the `length` bytes from `start`: servers shorten a range and call it success."""
-    status = answer["ResponseMetadata"]["HTTPStatusCode"]
-    found = str(answer.get("ContentRange", ""))
-    match = _CONTENT_RANGE.fullmatch(found)
-    wanted = (start, start + length - 1)
-    span = (int(match[1]), int(match[2])) if match else None
-    if status != 206 or span != wanted or answer.get("ContentLength") != length:
-        raise DamagedObjectError(
-            BitstreamFault.TRUNCATED,
-            f"{key}: bytes {wanted[0]}-{wanted[1]} were asked for; the answer is {status} {found or 'without a range'}",
-        )

@@ -5,6 +5,7 @@ Messages carry S3's error code but never the server's own text, which may quote 
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,11 +31,46 @@ from kvstore_s3.errors import (
     DamagedObjectError,
     KVStoreError,
     ObjectNotFoundError,
+    StoreBusyError,
     StoreRefusedError,
     StoreUnavailableError,
 )
+from kvstore_s3.objectstore.http_message import Head, error_code, error_region, retry_after_s
 
-FOREIGN_ERRORS = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError, OSError)
+
+class AnswerError(Exception):
+    """The server answered a direct request with an error."""
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.status = head.status
+        self.code = error_code(body) or str(head.status)
+        self.region = error_region(head, body)
+        self.retry_after_s = retry_after_s(head.headers)
+        super().__init__(f"{self.status} {self.code}")
+
+
+class UnreachableError(ConnectionError):
+    """No connection could be made."""
+
+
+class TlsRefusedError(ssl.SSLError):
+    """The handshake failed, or the certificate was not accepted."""
+
+
+class ChangedWhileReadError(Exception):
+    """The object was replaced while it was being read, and again while it was read once more."""
+
+
+FOREIGN_ERRORS = (
+    AnswerError,
+    ChangedWhileReadError,
+    ClientError,
+    BotoCoreError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    TimeoutError,
+    OSError,
+)
 """All that a request may raise; nothing of it leaves this package."""
 
 
@@ -88,28 +124,52 @@ _REFUSED: Mapping[str, str] = {
     "MethodNotAllowed": "the server does not allow this request; does endpoint_url name an S3 endpoint?",
 }
 
-_BUSY = frozenset({"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "OperationAborted"})
+_BUSY = frozenset(
+    {
+        "SlowDown",
+        "SlowDownRead",  # MinIO
+        "SlowDownWrite",
+        "ServerBusy",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "RequestLimitExceeded",
+        "BandwidthLimitExceeded",
+    }
+)
+_PASSING = frozenset(
+    {
+        "RequestTimeout",
+        "OperationAborted",
+        "BadDigest",  # the body was damaged on its way
+        "XAmzContentChecksumMismatch",
+    }
+)
+_CHECKSUM_REFUSED = frozenset({"NotImplemented", "InvalidRequest", "InvalidArgument"})
+_EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
 _GONE = frozenset({"NoSuchKey", "NoSuchUpload", "404", "NotFound"})
 
 
 def map_error(error: Exception, target: Target) -> KVStoreError:
     """Return our error for one that a request raised (one of `FOREIGN_ERRORS`)."""
-    if isinstance(error, ClientError):
-        return _map_answer(error, target)
+    if isinstance(error, ClientError | AnswerError):
+        return _map_answer(*_code_and_status(error), target)
     where = f"{target.url}: {target.endpoint}"
     match error:
         case NoCredentialsError():
             return StoreRefusedError(f"{target.url}: no AWS credentials were found; {_CREDENTIALS}")
         case PartialCredentialsError() | CredentialRetrievalError() | ProfileNotFound():
             return StoreRefusedError(f"{target.url}: AWS credentials cannot be loaded; {_CREDENTIALS} [{_name(error)}]")
-        case SSLError():
+        case SSLError() | TlsRefusedError():
             return StoreRefusedError(
                 f"{where} offers no valid TLS; use http:// if it has none, or set AWS_CA_BUNDLE to its authority"
             )
-        case EndpointConnectionError() | ConnectTimeoutError():
+        case EndpointConnectionError() | ConnectTimeoutError() | UnreachableError():
             return StoreUnavailableError(f"{where} cannot be reached; is endpoint_url right and the server up?")
         case ReadTimeoutError() | TimeoutError():
             return StoreUnavailableError(f"{where} did not answer in time; is it overloaded?")
+        case ChangedWhileReadError():
+            return StoreUnavailableError(f"{where}: the object was replaced again and again while it was read")
         case BotoConnectionError() | HTTPClientError() | aiohttp.ClientError() | OSError():
             return StoreUnavailableError(f"{where} broke the connection off [{_name(error)}]")
         case ResponseParserError():
@@ -121,9 +181,36 @@ def not_s3(target: Target) -> StoreRefusedError:
     return StoreRefusedError(f"{target.url}: {target.endpoint} does not answer like an S3 server; correct endpoint_url")
 
 
-def _map_answer(error: ClientError, target: Target) -> KVStoreError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+def pause_asked_s(error: Exception) -> float:
+    """For how many seconds the server asked to be left alone; 0 where it did not say."""
+    if isinstance(error, ClientError):
+        return retry_after_s(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
+    return error.retry_after_s if isinstance(error, AnswerError) else 0.0
+
+
+def refuses_checksum(error: Exception) -> bool:
+    """Whether a request with a checksum may have been refused for it: then it is worth one try without."""
+    code, status = _code_and_status(error)
+    return status == 501 or (status == 400 and code in _CHECKSUM_REFUSED)
+
+
+def tells_expired(error: Exception) -> bool:
+    """Whether the credentials were valid once: then it is worth looking for new ones."""
+    return _code_and_status(error)[0] in _EXPIRED_CODES
+
+
+def _code_and_status(error: Exception) -> tuple[str, int]:
+    if isinstance(error, AnswerError):
+        return error.code, error.status
+    if not isinstance(error, ClientError):
+        return "", 0
+    response = error.response
+    return str(response.get("Error", {}).get("Code", "")), int(
+        response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    )
+
+
+def _map_answer(code: str, status: int, target: Target) -> KVStoreError:
     where, label = f"{target.url} at {target.endpoint}", f"[{code or status}]"
     if code in _GONE:
         return ObjectNotFoundError(f"{where}: there is no such object {label}")
@@ -133,9 +220,10 @@ def _map_answer(error: ClientError, target: Target) -> KVStoreError:
         return DamagedObjectError(
             BitstreamFault.TRUNCATED, f"{where}: the object ends before the range that was asked for"
         )
-    if code in _BUSY or status == 429 or status >= 500:
+    if code in _BUSY or code in _PASSING or status == 429 or status >= 500:
         doubt = "" if code.isalpha() else " (and does not say so like an S3 server; is it one?)"
-        return StoreUnavailableError(f"{where}: the server is overloaded or in trouble{doubt}; try again later {label}")
+        kind = StoreBusyError if code in _BUSY or status == 429 else StoreUnavailableError
+        return kind(f"{where}: the server is overloaded or in trouble{doubt}; try again later {label}")
     if status == 409:
         return ConflictError(f"{where}: another writer of this object is at work; try again {label}")
     advice = _REFUSED.get(code, "the server refused the request; are endpoint_url, bucket and credentials right?")

@@ -13,6 +13,8 @@ from kvstore_s3.objectstore.s3_errors import ConflictError, ObjectExistsError
 
 _MiB = 1024 * 1024
 _MAX_PARTS = 10_000
+_OF_A_PART = ("ETag", "ChecksumCRC32C")
+"""What Complete must repeat of the server's answer to a part."""
 
 
 class Part(NamedTuple):
@@ -67,7 +69,10 @@ class MultipartUpload:
 
     async def _create(self, name: Mapping[str, str], metadata: Mapping[str, str]) -> str:
         """Begin an upload. It is awaited to its end: a cancelled request might leave an upload without a known id."""
-        task = asyncio.ensure_future(self._client.call("create_multipart_upload", {**name, "Metadata": metadata}))
+        arguments: dict[str, object] = {**name, "Metadata": metadata}
+        if self._client.checksums:
+            arguments["ChecksumAlgorithm"] = "CRC32C"  # or S3 would refuse the checksums of the parts
+        task = asyncio.ensure_future(self._client.call("create_multipart_upload", arguments))
         try:
             return str((await finish(task))["UploadId"])
         except asyncio.CancelledError:
@@ -77,14 +82,14 @@ class MultipartUpload:
 
     async def _upload_parts(self, upload: Mapping[str, str], data: memoryview) -> list[dict[str, object]]:
         pending = split_parts(data, self._part_bytes)
-        done: dict[int, str] = {}
+        done: dict[int, dict[str, object]] = {}
 
         async def work() -> None:
             for part in pending:
                 async with self._slots:
                     arguments = {**upload, "PartNumber": part.number}
-                    answer = await self._client.call("upload_part", arguments, body=part.data, transfer=len(part.data))
-                done[part.number] = answer["ETag"]
+                    answer = await self._client.call("upload_part", arguments, body=part.data)
+                done[part.number] = {name: answer[name] for name in _OF_A_PART if name in answer}
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -92,7 +97,7 @@ class MultipartUpload:
                     group.create_task(work())
         except BaseExceptionGroup as failed:
             raise _first(failed) from failed
-        return [{"PartNumber": number, "ETag": done[number]} for number in sorted(done)]
+        return [{"PartNumber": number, **done[number]} for number in sorted(done)]
 
     async def _complete(self, upload: Mapping[str, str], parts: list[dict[str, object]], *, replace: bool) -> bool:
         arguments: dict[str, object] = {**upload, "MultipartUpload": {"Parts": parts}}
