@@ -31,7 +31,10 @@ SURE_GAIN = 0.25
 """A change of a running plan that saves this share of the time left is made at once ..."""
 
 LIKELY_GAIN = 0.08
-"""... and one that saves this share, when it is found twice in a row. Less may be noise."""
+"""... and one that saves this share ..."""
+
+LASTING_S = 0.1
+"""... when it was found again and again for so many seconds. Less may be noise."""
 
 LATE_TIMES = 2.0
 """Reads that take this many times as long as the bandwidth promises are late ..."""
@@ -162,8 +165,7 @@ class Replanner:
 
     It only ever cuts: chunks from the end where that brings the first token sooner, and levels of what is unread where
     the deadline would be missed. A chunk is as good as the worst of its layer groups, so a level that an earlier group
-    went without is of no use to a later one. Small gains must be found twice in a row, so that noise in the estimate
-    cuts nothing.
+    went without is of no use to a later one. Small gains must last, so that noise in the estimate cuts nothing.
     """
 
     def __init__(
@@ -186,17 +188,18 @@ class Replanner:
         self._deadline_s = deadline_s
         self._lowest_levels = lowest_levels
         self._decode_bytes_per_s = decode_bytes_per_s
-        self._suspected = False
+        self._gain_since: float | None = None
 
     def revise(
         self, left: Sequence[ChunkCost], *, bandwidth: float | None, elapsed_s: float, latency_s: float = 0.0
     ) -> Plan:
         """The plan for what is unread, to be asked at each boundary of layer groups, or when a group is late.
 
-        `left[i]` has the unread bytes of chunk i, at least for the chunks that are still kept; `elapsed_s` passed since
-        the load began. `ttft_s` of the answer counts from now.
+        `left[i]` has the unread bytes of chunk i; where it has fewer than are kept, the load ended there, as by damage.
+        `elapsed_s` passed since the load began. `ttft_s` of the answer counts from now.
         """
         kept = left[: self.plan.keep]
+        self.plan = replace(self.plan, levels=self.plan.levels[: len(kept)], keep=len(kept))
         if bandwidth is None or not kept:
             return self.plan
         going_on = self._seconds_as_planned(kept, bandwidth, latency_s)
@@ -204,13 +207,19 @@ class Replanner:
         deadline_s = left_s if left_s is not None and going_on > left_s else None  # levels are kept while in time
         better = self._plan_anew(kept, bandwidth, deadline_s, latency_s)
         gain = 0.0 if better.ttft_s is None else (going_on - better.ttft_s) / max(going_on, 1e-9)
-        if gain >= SURE_GAIN or (gain >= LIKELY_GAIN and self._suspected):
-            self._suspected = False
+        if self._is_worth_it(gain, elapsed_s):
+            self._gain_since = None
             self.plan = better
         else:
-            self._suspected = gain >= LIKELY_GAIN
             self.plan = replace(self.plan, ttft_s=going_on)
         return self.plan
+
+    def _is_worth_it(self, gain: float, now: float) -> bool:
+        if gain < LIKELY_GAIN:
+            self._gain_since = None
+        elif self._gain_since is None:
+            self._gain_since = now
+        return gain >= SURE_GAIN or (self._gain_since is not None and now - self._gain_since >= LASTING_S)
 
     def _seconds_as_planned(self, kept: Sequence[ChunkCost], bandwidth: float, latency_s: float) -> float:
         total = sum(chunk.bytes(levels) for chunk, levels in zip(kept, self.plan.levels, strict=True))
