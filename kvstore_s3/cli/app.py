@@ -267,6 +267,37 @@ def check(
     return work
 
 
+@app.command(short_help="Remove what interrupted writers left behind.")
+def gc(
+    store: options.Store = None,
+    uploads: Annotated[
+        bool, typer.Option("--uploads", help="Unfinished multipart uploads; for file://, temporary files.")
+    ] = False,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Leave uploads alone that began lately: 90s, 30m, 1h, 2d.")
+    ] = "1h",
+    lifecycle: Annotated[
+        bool, typer.Option("--lifecycle", help="Also have the bucket do so by itself, a day after an upload began.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed.")] = False,
+    endpoint_url: options.Endpoint = None,
+    region: options.Region = None,
+    json: options.Json = False,
+) -> Work:
+    """Remove what writers left behind that were killed: multipart uploads below the store's prefix, temporary files.
+
+    Finds what the server lists, and what this machine's journals tell of (MinIO lists no uploads of a prefix).
+    """
+
+    def work() -> Report:
+        from kvstore_s3.cli.gc import GcOptions, collect_garbage
+
+        settings = options.read_settings(store=store, endpoint_url=endpoint_url, region=region)
+        return collect_garbage(GcOptions(uploads, older_than, lifecycle, dry_run), settings)
+
+    return work
+
+
 def find_help(arguments: Sequence[str]) -> str | None:
     """The help text that `arguments` ask for, if they do. Typer's own way to it goes through pydantic: 0.3 s."""
     options_only = arguments[: list(arguments).index("--")] if "--" in arguments else arguments

@@ -101,10 +101,14 @@ class LocalStore:
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
+    async def sweep(self, *, dry_run: bool = False) -> int:
+        """Delete the temporary files of writers that died, and return how many; with `dry_run`, count them alone."""
+        self._swept = True
+        return await self._run(lambda: self._files.sweep(dry_run=dry_run))
+
     async def _sweep_once(self) -> None:
         if not self._swept:
-            self._swept = True
-            await self._run(self._files.sweep)
+            await self.sweep()
 
     async def _run(self, work: Callable[[], T], key: str = "") -> T:
         """Run `work`, on the object `key`, in a thread and wait for its end even when cancelled.

@@ -117,12 +117,15 @@ class LocalFiles:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
 
-    def sweep(self) -> int:
-        """Delete the temporaries of writers that died; return how many. A living writer's are left alone."""
+    def sweep(self, *, dry_run: bool = False) -> int:
+        """Delete the temporaries of writers that died; return how many. A living writer's are left alone.
+
+        With `dry_run` they are counted alone.
+        """
         swept = 0
         with suppress(FileNotFoundError, PermissionError), self._open_directory(_TEMPORARIES) as directory:
             for name in os.listdir(directory):
-                swept += _remove_if_dead(directory, name)
+                swept += _remove_if_dead(directory, name, dry_run=dry_run)
         return swept
 
     def _scan(self, directory: str) -> list[tuple[str, os.stat_result]]:
@@ -270,7 +273,7 @@ def _create_temporary(directory: int) -> tuple[str, int]:
         os.close(file)  # a sweep came between creating and locking it
 
 
-def _remove_if_dead(directory: int, name: str) -> bool:
+def _remove_if_dead(directory: int, name: str, *, dry_run: bool) -> bool:
     try:
         file = os.open(name, os.O_WRONLY | os.O_NONBLOCK | _NO_LINK, dir_fd=directory)
     except OSError:
@@ -278,7 +281,8 @@ def _remove_if_dead(directory: int, name: str) -> bool:
     try:
         if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             return False  # without locks nobody can tell, so nothing is swept
-        os.unlink(name, dir_fd=directory)
+        if not dry_run:
+            os.unlink(name, dir_fd=directory)
     except OSError:
         return False
     finally:
