@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvstore_s3.arena import PAGE, address_of
 from kvstore_s3.errors import InvalidArgumentError, ObjectNotFoundError, StoreBusyError, StoreUnavailableError
@@ -19,7 +22,7 @@ from kvstore_s3.transfer.window import START, Window
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-DATA = bytes(number * 7 % 251 for number in range(64 * 1024))
+DATA = bytes(number * 7 % 251 for number in range(128 * 1024))
 
 
 @dataclass
@@ -93,10 +96,12 @@ MakeRig = Callable[..., Rig]
 async def rig() -> AsyncIterator[MakeRig]:
     rigs: list[Rig] = []
 
-    def make(source: Source, *, pages: int = 64, hedge: HedgePolicy | None = None) -> Rig:
+    def make(source: Source, *, pages: int = 64, hedge: HedgePolicy | None = None, **limits: int) -> Rig:
         pool, window, counters = SlabPool(pages * PAGE, pin=False), Window(), Counters()
         hedge = hedge or HedgePolicy(0.0)
-        prefetcher = Prefetcher(source.read, pool, window, Bandwidth(), hedge, counters.add)
+        prefetcher = Prefetcher(
+            source.read, pool, window, Bandwidth(), hedge, counters.add, **{"gap_bytes": 0, **limits}
+        )
         rigs.append(Rig(prefetcher, pool, window, counters))
         return rigs[-1]
 
@@ -189,7 +194,7 @@ async def test_a_failure_is_raised_as_it_is_and_cancels_the_other_ranges(rig: Ma
     failing.go.set()
     made = rig(Source(held, failing))
     with pytest.raises(ObjectNotFoundError, match="gone"):
-        async with made.prefetcher.fetch_ranges("k", [(0, 5), (5, 10)]):
+        async with made.prefetcher.fetch_ranges("k", [(0, 5), (6, 10)]):
             pass
     assert held.cancelled
     assert made.pool.leased == 0
@@ -357,3 +362,113 @@ async def test_what_is_near_is_not_asked_of_the_store(rig: MakeRig) -> None:
         assert [bytes(view) for view in views] == [b"n" * 10, DATA[200:210]]
     assert near_asked == [100, 200]
     assert [start for _, start, _ in source.asked] == [200]
+
+
+async def test_ranges_with_small_gaps_are_one_request_and_each_has_its_own_view(rig: MakeRig) -> None:
+    source = Source()
+    made = rig(source, gap_bytes=100)
+    ranges = [(9000, 9500), (100, 5100), (5200, 6000), (6101, 7000)]
+    async with made.prefetcher.fetch_ranges("k", ranges) as views:
+        assert [bytes(view) for view in views] == [DATA[start:end] for start, end in ranges]
+        assert [(address_of(view) - start) % PAGE for view, (start, _) in zip(views, ranges, strict=True)] == [0] * 4
+    assert sorted(source.asked) == [("k", 100, 5900), ("k", 6101, 899), ("k", 9000, 500)]
+
+
+async def test_a_range_that_is_too_large_comes_in_pieces_side_by_side(rig: MakeRig) -> None:
+    source = Source()
+    made = rig(source, max_bytes=4000)
+    async with made.prefetcher.fetch("k", 123, 10_000, lead=123) as view:
+        assert bytes(view) == DATA[123:10_123]
+    assert sorted(source.asked) == [("k", 123, 3333), ("k", 3456, 3333), ("k", 6789, 3334)]
+    assert source.most_at_once == 3
+
+
+async def test_a_piece_whose_hedge_won_is_put_where_it_belongs_once_the_loser_has_ended(rig: MakeRig) -> None:
+    first, other, second = Answer(slow_to_stop=asyncio.Event()), Answer(), Answer()
+    other.go.set()
+    made = rig(Source(first, other, second), hedge=Late(0.02), max_bytes=4000)
+
+    async def fetch() -> bytes:
+        async with made.prefetcher.fetch("k", 0, 8000) as view:
+            return bytes(view)
+
+    task = asyncio.create_task(fetch())
+    await asyncio.sleep(0.01)
+    second.go.set()
+    await settle()
+    assert first.cancelled
+    assert not task.done(), "the loser may still write where the piece belongs"
+    assert first.slow_to_stop is not None
+    first.slow_to_stop.set()
+    assert await task == DATA[:8000]
+    assert made.counters.snapshot() == {"hedged_reads": 1, "hedges_won": 1}
+
+
+async def test_joined_ranges_whose_hedge_won_are_found_in_the_other_slab(rig: MakeRig) -> None:
+    first, second = Answer(), Answer()
+    second.go.set()
+    made = rig(Source(first, second), hedge=Late(0.02), gap_bytes=100)
+    async with made.prefetcher.fetch_ranges("k", [(5100, 5200), (100, 5050)]) as views:
+        assert [bytes(view) for view in views] == [DATA[5100:5200], DATA[100:5050]]
+    assert made.counters.snapshot() == {"hedged_reads": 1, "hedges_won": 1}
+
+
+async def test_a_gap_that_a_near_range_fills_is_read_along_where_it_is_small(rig: MakeRig) -> None:
+    async def near(key: str, start: int, into: memoryview) -> bool:
+        into[:] = DATA[start : start + len(into)]
+        return start == 20
+
+    source = Source()
+    made = rig(source, gap_bytes=16)
+    async with made.prefetcher.fetch_ranges("k", [(0, 10), (20, 24), (26, 5000)], near=near) as views:
+        assert [bytes(view) for view in views] == [DATA[0:10], DATA[20:24], DATA[26:5000]]
+    assert source.asked == [("k", 0, 5000)]
+
+
+async def test_overlapping_ranges_are_refused(rig: MakeRig) -> None:
+    with pytest.raises(InvalidArgumentError):
+        async with rig(Source()).prefetcher.fetch_ranges("k", [(0, 10), (9, 20)]):
+            pass
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 9000)), min_size=1, max_size=6),
+    st.integers(0, 2000),
+    st.integers(1000, 9000),
+    st.sets(st.integers(0, 5)),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_any_ranges_come_back_right_whatever_is_near_late_or_cut(
+    steps: list[tuple[int, int]], gap_bytes: int, max_bytes: int, nearby: set[int], late: bool, random: Random
+) -> None:
+    ranges: list[tuple[int, int]] = []
+    for gap, length in steps:
+        start = (ranges[-1][1] if ranges else 0) + gap
+        ranges.append((start, start + length))
+    random.shuffle(ranges)
+
+    async def near(key: str, start: int, into: memoryview) -> bool:
+        into[:] = DATA[start : start + len(into)]
+        return [start for start, _ in ranges].index(start) in nearby
+
+    async def scenario() -> None:
+        source = Source(*(Answer() for _ in range(2)))
+        for answer in source.answers[1:]:
+            answer.go.set()
+        if not late:
+            source.answers.clear()
+        pool = SlabPool(256 * PAGE, pin=False)
+        prefetcher = Prefetcher(
+            source.read, pool, Window(), Bandwidth(), Late(1.0), gap_bytes=gap_bytes, max_bytes=max_bytes
+        )
+        async with prefetcher.fetch_ranges("k", ranges, near=near) as views:
+            assert [bytes(view) for view in views] == [DATA[start:end] for start, end in ranges]
+            for view, (start, _) in zip(views, ranges, strict=True):
+                assert (address_of(view) - start) % PAGE == 0
+        await prefetcher.close()
+        assert pool.leased == 0
+        assert all(size <= max_bytes for _, _, size in source.asked)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
