@@ -107,7 +107,8 @@ bench-io: $(VENV)/.bench-io ## cost of moving bytes beside other S3 clients, loo
 
 $(VENV)/.bench-io: $(VENV)/.installed
 	@echo "installing the S3 clients to compare with into $(VENV)"
-	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[bench-io]'; else $(BIN)/python -m pip install --quiet -e '.[bench-io]'; fi
+	@# uv takes the names alone; pip builds the package once more.
+	@if test -x $(BIN)/uv; then $(BIN)/uv pip install --quiet --python $(BIN)/python -r pyproject.toml --extra bench-io; else $(BIN)/python -m pip install --quiet -e '.[bench-io]'; fi
 	@touch $@
 
 clean: ## remove what was built, but no stored data

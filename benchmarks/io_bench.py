@@ -1,6 +1,6 @@
 """The data path beside its peers, in one run: bytes over http and TLS, lookups, integrity, many streams, local disk.
 
-    python benchmarks/io_bench.py [--rounds 5]       or: make bench-io
+    python benchmarks/io_bench.py [--rounds 5] [--directory DIR]       or: make bench-io
 
 What is counted is the client's CPU time, user and system, per GB; the client is kept on one core and the server on
 another. Two servers: byte_server.cpp, which only moves bytes, and a real MinIO. Every client lands its bytes in buffers
@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import tiers
 from io_bytes import cost, measure_endpoint
 from io_plot import Panel, draw_bars
 from io_servers import build_byte_server, byte_server, choose_cores, make_certificate, minio
@@ -26,17 +27,20 @@ from record import RESULTS, record
 
 OURS, LIMIT = "kvstore_s3", "curl"
 LATENCY_MS = 20
-GOALS = {"lookup of 64 chunks": 45.0, "lookup of 512 chunks": 100.0}
+LOOKUP_GOALS = {"lookup of 64 chunks": 45.0, "lookup of 512 chunks": 100.0}
+DISK_GOALS = {"read": 0.08, "write": 0.10}
 PACKAGES = ("aiobotocore", "aiofiles", "awscrt", "boto3", "crc32c", "minio", "obstore", "torch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    began = time.perf_counter()
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    arguments = parser.parse_args()
+    rounds, began = arguments.rounds, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="kvstore-s3-bench-") as folder:
         result = measure(Path(folder), rounds)
+    result["disk"] = tiers.measure(arguments.directory, mib=512, rounds=min(rounds, 3))
     verdicts = judge(result)
     print_verdicts(verdicts)
     draw(result)
@@ -77,8 +81,12 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         if row["work"] == "get" and LIMIT in row["clients"] and not row["small"]:
             share = ours["mb_s"] / row["clients"][LIMIT]["mb_s"]
             verdicts.append(_verdict(name, round(share, 3), 0.9, "of curl's MB/s", least=True))
-    for name, goal in GOALS.items():
+    for name, goal in LOOKUP_GOALS.items():
         verdicts.append(_verdict(f"{name} at {LATENCY_MS} ms", result[name]["ms"], goal, "ms"))
+    for verb, goal in DISK_GOALS.items():
+        verdicts.append(
+            _verdict(f"NVMe, cold {verb}", result["disk"]["rows"][verb]["ours"]["cpu_s_per_gb"], goal, "CPU-s/GB")
+        )
     streams = result["64 streams at once"]
     verdicts.append(_verdict("integrity", result["integrity"]["share"], 0.02, "of a load's CPU time"))
     verdicts.append(_verdict("64 streams at once", streams["ratio"], 1.2, "of one stream's CPU-s/GB"))
@@ -106,10 +114,15 @@ def draw(result: Mapping[str, Any]) -> None:
         notes = {name: f"({found['mb_s']} MB/s)" for name, found in row["clients"].items()}
         unit = "CPU ms per request" if row["small"] else "CPU seconds per GB"
         panels.append(Panel(row["name"], f"{unit}, {row['server']}", bars, notes, row["goal"]))
-    for name, goal in GOALS.items():
+    for name, goal in LOOKUP_GOALS.items():
         found = result[name]
         bars = {OURS: found["ms"], "aiobotocore": found["aiobotocore_ms"], "one by one": found["one_by_one_ms"]}
         panels.append(Panel(name, f"ms at {LATENCY_MS} ms of latency", bars, {}, goal))
+    for verb, goal in DISK_GOALS.items():
+        rows = {OURS if name == "ours" else name: row for name, row in result["disk"]["rows"][verb].items()}
+        bars = {name: row["cpu_s_per_gb"] for name, row in rows.items()}
+        notes = {name: f"({row['mb_per_s']} MB/s)" for name, row in rows.items()}
+        panels.append(Panel(f"NVMe, cold {verb}", "CPU seconds per GB, 8 MiB pieces", bars, notes, goal))
     path = RESULTS / "io.svg"
     path.write_text(draw_bars(panels, "Bytes between an S3 server and a buffer: less is better", OURS, LIMIT))
     print(f"kept in {path.relative_to(RESULTS.parent.parent)}")

@@ -30,13 +30,21 @@ CLIENTS = {
 
 def main() -> None:
     os.sched_setaffinity(0, {choose_cores()[0]})
-    module, name = CLIENTS[sys.argv[1]]
-    client: Client = getattr(import_module(module), name)(Job(**json.loads(sys.argv[2])))
+    client = open_client(sys.argv[1], Job(**json.loads(sys.argv[2])))
     print(json.dumps({"ready": True}), flush=True)
     buffers: dict[tuple[int, int], list[memoryview]] = {}
     for line in sys.stdin:
         print(json.dumps(measure(client, buffers, **json.loads(line))), flush=True)
     client.close()
+
+
+def open_client(name: str, job: Job) -> Client:
+    module, what = CLIENTS[name]
+    try:
+        client: Client = getattr(import_module(module), what)(job)
+    except ImportError as error:
+        raise SystemExit(f"{name}: skipped, {error}") from error
+    return client
 
 
 def measure(

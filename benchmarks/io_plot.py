@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 PANELS_ACROSS = 2
-WIDTH, BAR, GAP = 460, 18, 6
-LEFT, RIGHT, TOP, BOTTOM = 110, 90, 52, 26
+WIDTH, BAR, GAP = 500, 18, 6
+LEFT, RIGHT, TOP, BOTTOM = 140, 120, 52, 26
 OURS, PEER, LIMIT, GOAL = "#1b6ca8", "#b9c2cb", "#e0b04c", "#c8553d"
 
 
