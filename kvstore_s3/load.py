@@ -1,11 +1,11 @@
-"""The load pipeline: range reads, checks and decoding of one hit, band of layers by band of layers."""
+"""What a load is made of: chunks that were found, the checks and the decoding of what was read, work in threads."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.bitstream import (
@@ -15,16 +15,13 @@ from kvstore_s3.bitstream import (
     Header,
     Identity,
     SectionTable,
-    parse_header,
 )
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import codec_for
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
-from kvstore_s3.objectstore.base import ObjectStore
-from kvstore_s3.quality import Quality, quality_of
-from kvstore_s3.transfer.buffers import BufferBudget
-from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, group_levels, has_boundaries
+from kvstore_s3.quality import quality_of
+from kvstore_s3.transfer.ranges import Band, BandRange, count_levels, group_levels
 
 if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
@@ -57,9 +54,9 @@ class StoredChunk:
     header: Header | None
     first_token: int
 
-    def quality(self, wanted: Quality) -> str:
-        """The quality that a reader of `wanted` gets of this object."""
-        return quality_of(self.table.profile, min(wanted.levels, count_levels(self.table)))
+    def quality(self, levels: int) -> str:
+        """The quality that a reader of `levels` levels gets of this object."""
+        return quality_of(self.table.profile, min(levels, count_levels(self.table)))
 
     @property
     def calibrated(self) -> bool | None:
@@ -67,95 +64,6 @@ class StoredChunk:
         if self.header is None or self.table.profile != PROFILES["scalable"]:
             return None
         return self.header.calibration is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """What reading takes: the store, the quality wanted, limits, threads, and whom to tell of what was lost.
-
-    `chunks` limits the chunks in work at once, `ranges` the range reads.
-    """
-
-    objects: ObjectStore
-    quality: Quality
-    buffers: BufferBudget
-    chunks: asyncio.Semaphore
-    ranges: asyncio.Semaphore
-    threads: Executor
-    find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
-    on_lost: Callable[[Identity, Exception], None]
-
-    async def read_band(self, chunks: list[StoredChunk], count: int, band: Band, out: Bits) -> int:
-        """Read `band` of the first `count` chunks into `out` [layers of the band, 2, tokens, heads, dim].
-
-        Returns how many are good: a damaged or vanished object ends the prefix, and `on_lost` hears of it. The values
-        after the prefix are undefined. Headers that were read are kept in `chunks`, so that later bands need not read
-        them again. Store failures are raised.
-        """
-        good = count
-        tokens = out.shape[2] // count
-
-        async def read(index: int) -> None:
-            nonlocal good
-            chunk = chunks[index]
-            async with self.chunks:
-                if index >= good:
-                    return
-                target = out[:, :, index * tokens : (index + 1) * tokens]
-                try:
-                    header = await self._read_chunk(chunk, band, target)
-                    chunks[index] = replace(chunk, table=header.table, header=header)
-                except LOST as error:
-                    good = min(good, index)
-                    self.on_lost(chunk.identity, error)
-
-        await run_all([read(index) for index in range(count)])
-        return good
-
-    async def _read_chunk(self, chunk: StoredChunk, band: Band, out: Bits) -> Header:
-        found = band_ranges(chunk.table, band, levels=self.quality.levels)
-        if chunk.header is None:
-            found[0] = replace(found[0], start=0)  # the header comes along
-        async with self.buffers.lease(sum(part.length for part in found)) as buffer:
-            pieces = _cut_buffer(found, buffer)
-            await run_all([self._read_range(chunk.object_key, part, into) for part, into in pieces])
-            header = chunk.header or self._parse_header(pieces[0][1], chunk.identity)
-            if header.table == chunk.table:
-                calibration = await self._find_calibration(header)
-                await in_thread(self.threads, decode_band, header, chunk.first_token, calibration, band, pieces, out)
-                return header
-        if not has_boundaries(header.table, band):
-            raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
-        corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
-        return await self._read_chunk(corrected, band, out)
-
-    async def _read_range(self, object_key: str, part: BandRange, into: memoryview) -> None:
-        async with self.ranges:
-            await self.objects.get_range(object_key, part.start, into)
-
-    def _parse_header(self, data: memoryview, identity: Identity) -> Header:
-        header = parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
-        levels = count_levels(header.table)
-        if not self.quality.is_met_by(header.table.profile, levels):
-            found = f"the object has {levels} levels, profile {self.quality.name!r} needs {self.quality.levels}"
-            raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
-        return header
-
-    async def _find_calibration(self, header: Header) -> Calibration | None:
-        if header.calibration is None:
-            return None
-        calibration = await self.find_calibration(header.calibration)
-        if calibration is None:
-            raise MissingCalibrationError(header.calibration)
-        return calibration
-
-
-def _cut_buffer(ranges: Sequence[BandRange], buffer: memoryview) -> list[tuple[BandRange, memoryview]]:
-    pieces, begin = [], 0
-    for part in ranges:
-        pieces.append((part, buffer[begin : begin + part.length]))
-        begin += part.length
-    return pieces
 
 
 def decode_band(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.namespace import Namespace
-from kvstore_s3.store import Hit, KVStore, LayerGroup, Saved, TokenIds
+from kvstore_s3.store import Hit, KVStore, LayerGroup, Pace, Saved, TokenIds
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,11 @@ class SyncKVStore:
     def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
         return self.runtime.run(self.kv.lookup(token_ids, salt=salt, thorough=thorough))
 
-    def load(self, hit: Hit) -> torch.Tensor:
-        return self.runtime.run(self.kv.load(hit))
+    def load(self, hit: Hit, *, pace: Pace | None = None) -> torch.Tensor:
+        return self.runtime.run(self.kv.load(hit, pace=pace))
 
-    def stream(self, hit: Hit, *, first_token: int = 0) -> Iterator[LayerGroup]:
-        groups = self.kv.stream(hit, first_token=first_token)
+    def stream(self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None) -> Iterator[LayerGroup]:
+        groups = self.kv.stream(hit, first_token=first_token, pace=pace)
         try:
             while (group := self.runtime.run(_next(groups))) is not None:
                 yield group

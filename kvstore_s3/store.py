@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any, Self, TypeAlias
 
 import numpy as np
@@ -19,20 +20,31 @@ from kvstore_s3.codec.arithmetic import require_coder
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import LEVELS
 from kvstore_s3.config import Settings, load_settings
-from kvstore_s3.encode import Encoding, encode_object, view_bits
+from kvstore_s3.encode import Encoding, encode_object
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.hits import Hit, LayerGroup, Saved
-from kvstore_s3.load import Reader, StoredChunk, in_thread, run_all
+from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.lookup import ChunkFinder, object_key
+from kvstore_s3.metrics import Counters
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
-from kvstore_s3.transfer.buffers import BufferBudget
-from kvstore_s3.transfer.ranges import plan_bands
+from kvstore_s3.reader import Reader
+from kvstore_s3.section_index import SectionTable
+from kvstore_s3.streaming import Link, Pace, Stream
+from kvstore_s3.tiers import Tiers
+from kvstore_s3.transfer.bandwidth import Bandwidth
+from kvstore_s3.transfer.buffers import SlabPool
+from kvstore_s3.transfer.hedging import HedgePolicy
+from kvstore_s3.transfer.prefetcher import Prefetcher
+from kvstore_s3.transfer.ranges import Band, plan_bands
+from kvstore_s3.transfer.uploader import Uploader, UploadJob
+from kvstore_s3.transfer.window import Window
 
-__all__ = ["Hit", "KVStore", "LayerGroup", "Saved", "TokenIds"]
+__all__ = ["Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
 
 log = logging.getLogger("kvstore_s3")
 
@@ -49,9 +61,18 @@ class KVStore:
     accept are misses, and a save replaces them.
     """
 
-    def __init__(self, objects: ObjectStore, namespace: Namespace, settings: Settings, *, probe: bool) -> None:
+    def __init__(
+        self,
+        objects: ObjectStore,
+        namespace: Namespace,
+        settings: Settings,
+        *,
+        probe: bool,
+        counters: Counters | None = None,
+    ) -> None:
         self.namespace = namespace
         self.settings = settings
+        self.counters = counters = counters or Counters()
         self.objects = objects
         self.quality = find_quality(settings.profile)
         check_dtype(self.quality, namespace.layout.dtype)
@@ -60,9 +81,21 @@ class KVStore:
         layout = namespace.layout
         self._rotation = Rotation.from_layout(layout) if scalable else Rotation.none(layout.layers)
         self._probe = probe
-        self._threads = ThreadPoolExecutor(settings.codec_threads or os.cpu_count() or 1, "kvstore-s3-codec")
-        self._buffers = BufferBudget(settings.buffer_bytes)
-        self._uploads = asyncio.Semaphore(settings.upload_concurrency)
+        cores = settings.codec_threads or os.cpu_count() or 1
+        self._chunks_at_once = settings.download_concurrency + cores
+        self._threads = ThreadPoolExecutor(cores, "kvstore-s3-codec")
+        self._tiers = Tiers.open(settings, counters.add)
+        self._slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
+        self._link = Link(Bandwidth())
+        self._prefetcher = Prefetcher(
+            self._read_range,
+            self._slabs,
+            Window(most=settings.download_concurrency),
+            self._link.bandwidth,
+            HedgePolicy(settings.hedge_ratio),
+            counters.add,
+        )
+        self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, counters.add, encoders=cores)
         self._finder = ChunkFinder(
             self.objects,
             self.quality,
@@ -70,16 +103,16 @@ class KVStore:
             concurrency=settings.lookup_concurrency,
             verdict_lifetime_s=settings.verdict_lifetime_s,
             miss_lifetime_s=settings.miss_lifetime_s,
+            read_local=self._tiers.read_start,
         )
         self._reader = Reader(
-            objects=objects,
+            prefetcher=self._prefetcher,
+            tiers=self._tiers,
             quality=self.quality,
-            buffers=self._buffers,
-            chunks=asyncio.Semaphore(settings.download_concurrency),
-            ranges=asyncio.Semaphore(settings.download_concurrency),
             threads=self._threads,
             find_calibration=self.calibrations.find,
-            on_lost=self._finder.lose,
+            range_bytes=settings.range_bytes,
+            gap_bytes=settings.gap_bytes,
         )
         self._described = False
         self._told_lossy = False
@@ -93,7 +126,9 @@ class KVStore:
         profile "cachegen" without torchac, for two (the latter when entering).
         """
         settings = settings or load_settings()
-        return cls(open_store(url, settings), namespace, settings, probe=probe)
+        counters = Counters()
+        objects = GuardedStore(open_store(url, settings), settings, counters.add)
+        return cls(objects, namespace, settings, probe=probe, counters=counters)
 
     async def __aenter__(self) -> Self:
         try:
@@ -110,8 +145,12 @@ class KVStore:
         await self.close()
 
     async def close(self) -> None:
-        """Release connections and threads. Safe to call twice."""
+        """Release connections, memory and threads. Safe to call twice."""
+        await self._reader.settle()
+        await self._prefetcher.close()
+        await self._tiers.close()
         await self.objects.close()
+        self._slabs.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
@@ -129,31 +168,37 @@ class KVStore:
 
     def make_hit(self, chunks: Sequence[StoredChunk]) -> Hit:
         """A hit of chunks that a lookup found, in this process or another, for this store's `load` and `stream`."""
-        expected = tuple(chunk.quality(self.quality) for chunk in chunks)
+        expected = tuple(chunk.quality(self.quality.levels) for chunk in chunks)
         return Hit(tuple(chunks), self.namespace.chunk_tokens, expected)
 
-    async def load(self, hit: Hit) -> torch.Tensor:
+    async def load(self, hit: Hit, *, pace: Pace | None = None) -> torch.Tensor:
         """The hit's KV [layers, 2, tokens, kv_heads, head_dim]: bit for bit what was saved, or at `hit.quality`.
 
-        Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone.
-        Raises `StoreError` where the store fails.
+        Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone, or
+        where computing is faster than loading the rest: that is asked where `pace` says how fast computing is. Raises
+        `StoreError` where the store fails.
         """
         self._check_hit(hit)
         out = self._empty(self.namespace.layout.layers, hit.tokens)
-        tokens = hit.tokens
-        async for group in self._stream(hit, 0, out):
-            tokens = group.tokens
+        tokens = 0
+        async with aclosing(self._stream(hit, 0, out, pace)) as groups:
+            async for group in groups:
+                tokens = group.tokens
         return out[:, :, :tokens]
 
-    async def stream(self, hit: Hit, *, first_token: int = 0) -> AsyncGenerator[LayerGroup, None]:
+    async def stream(
+        self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None
+    ) -> AsyncGenerator[LayerGroup, None]:
         """The hit's KV from `first_token` (a chunk boundary) on, group by group of layers in layer order.
 
-        The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does.
+        The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does,
+        and `load` for what `pace` does. No group at all comes where nothing is worth loading.
         """
         self._check_hit(hit)
         self._check_boundary(first_token)
-        async for group in self._stream(hit, first_token // self.namespace.chunk_tokens, None):
-            yield group
+        async with aclosing(self._stream(hit, first_token // self.namespace.chunk_tokens, None, pace)) as groups:
+            async for group in groups:
+                yield group
 
     async def save(
         self,
@@ -188,16 +233,14 @@ class KVStore:
         if encoding is None:
             return Saved(0, len(chunks), 0, self.quality.name)
         await self._describe_namespace()
-        written: list[int] = []
 
-        async def write(index: int) -> None:
-            async with self._uploads:
+        def jobs() -> Iterable[UploadJob[tuple[bytearray, SectionTable], int]]:
+            for index in missing:
                 values = kv[:, :, index * size : (index + 1) * size]
                 position = first_token + index * size
-                replace = index in damaged
-                written.append(await self._write_chunk(chunks[index], values, position, encoding, replace=replace))
+                yield self._upload_job(chunks[index], values, position, encoding, replace=index in damaged)
 
-        await run_all([write(index) for index in missing])
+        written = await self._uploader.run(jobs())
         new = sum(1 for length in written if length)
         calibrated = encoding.calibrated if new else None
         return Saved(new, len(chunks) - new, sum(written), self.quality.name, calibrated)
@@ -217,43 +260,41 @@ class KVStore:
         layout = self.namespace.layout
         return Identity(self.namespace.digest, key, layout.full_shard, layout, self.namespace.chunk_tokens)
 
-    async def _stream(self, hit: Hit, first_chunk: int, out: torch.Tensor | None) -> AsyncGenerator[LayerGroup, None]:
-        reading = list(hit.chunks[first_chunk:])
-        if not reading:
+    async def _stream(
+        self, hit: Hit, first_chunk: int, out: torch.Tensor | None, pace: Pace | None
+    ) -> AsyncGenerator[LayerGroup, None]:
+        chunks = hit.chunks[first_chunk:]
+        if not chunks:
             return
         size = self.namespace.chunk_tokens
-        good = len(reading)
-        tables = [chunk.table for chunk in reading]
-        bands = plan_bands(tables, self.settings.range_bytes, levels=self.quality.levels)
+        tables = [chunk.table for chunk in chunks]
 
-        def start(index: int) -> tuple[torch.Tensor, asyncio.Task[int]]:
-            band = bands[index]
-            whole = slice(band.layer_begin, band.layer_end)
-            kv = (
-                self._empty(band.layer_end - band.layer_begin, good * size)
-                if out is None
-                else out[whole, :, : good * size]
-            )
-            return kv, asyncio.create_task(self._reader.read_band(reading, good, band, view_bits(kv)))
+        def allocate(band: Band, count: int) -> torch.Tensor:
+            if out is not None:
+                return out[band.layer_begin : band.layer_end, :, : count * size]
+            return self._empty(band.layer_end - band.layer_begin, count * size)
 
-        kv, task = start(0)
-        try:
-            for index, band in enumerate(bands):
-                good = min(good, await task)
-                qualities, calibrated = self._learn(hit, reading[:good])
-                done = kv[:, :, : good * size]
-                if index + 1 < len(bands) and good:
-                    kv, task = start(index + 1)
-                yield LayerGroup(band.layer_begin, band.layer_end, done, qualities, calibrated)
-                if not good:
-                    return
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        stream = Stream(
+            self._reader,
+            self._link,
+            chunks,
+            plan_bands(tables, self.settings.range_bytes, levels=self.quality.levels),
+            allocate=allocate,
+            on_lost=self._finder.lose,
+            at_once=self._chunks_at_once,
+            pace=pace,
+            lowest_profile=self.settings.lowest_profile,
+            count=self.counters.add,
+        )
+        async with aclosing(stream.run()) as bands:
+            async for band, kv in bands:
+                qualities, calibrated = self._learn(hit, stream)
+                tokens = stream.good * size
+                yield LayerGroup(band.layer_begin, band.layer_end, kv[:, :, :tokens], qualities, calibrated)
 
-    def _learn(self, hit: Hit, read: Sequence[StoredChunk]) -> tuple[tuple[str, ...], tuple[bool | None, ...]]:
+    def _learn(self, hit: Hit, stream: Stream) -> tuple[tuple[str, ...], tuple[bool | None, ...]]:
         """Quality of each chunk that was read, and whether it is calibrated; complete the hit, say lossy use once."""
-        qualities = tuple(chunk.quality(self.quality) for chunk in read)
+        read, qualities = stream.chunks[: stream.good], stream.qualities
         calibrated = tuple(chunk.calibrated for chunk in read)
         hit.learn(read, qualities)
         worst = worst_quality(qualities)
@@ -263,20 +304,31 @@ class KVStore:
             log.info("%s: lossy values are used, quality %s", self.objects.url, describe_quality(worst, known))
         return qualities, calibrated
 
-    async def _write_chunk(
+    def _upload_job(
         self, identity: Identity, kv: torch.Tensor, first_token: int, encoding: Encoding, *, replace: bool
-    ) -> int:
-        """Encode and put one chunk; return its bytes, or 0 where another writer was first."""
-        data, table = await in_thread(self._threads, encode_object, identity, kv, encoding, first_token)
-        hint = encode_hint(table)
-        created = await self.objects.put(
-            object_key(identity),
-            memoryview(data),
-            metadata={HINT_NAME: hint} if hint else None,
-            replace=replace,
-        )
-        self._finder.mend(identity)
-        return len(data) if created else 0
+    ) -> UploadJob[tuple[bytearray, SectionTable], int]:
+        """Encode and put one chunk; the job's result is its bytes, or 0 where another writer was first."""
+        key = object_key(identity)
+
+        async def encode() -> tuple[bytearray, SectionTable]:
+            return await in_thread(self._threads, encode_object, identity, kv, encoding, first_token)
+
+        async def put(encoded: tuple[bytearray, SectionTable]) -> int:
+            data, table = encoded
+            hint = encode_hint(table)
+            metadata = {HINT_NAME: hint} if hint else None
+            created = await self.objects.put(key, memoryview(data), metadata=metadata, replace=replace)
+            self._finder.mend(identity)
+            if replace:
+                self._tiers.drop(key)
+            if created and self._tiers:
+                await self._tiers.keep(key, table, [(0, memoryview(data))])
+            return len(data) if created else 0
+
+        return UploadJob(encode, kv.nbytes, put, size=lambda encoded: len(encoded[0]))
+
+    async def _read_range(self, key: str, start: int, into: memoryview) -> None:
+        await self.objects.get_range(key, start, into)
 
     async def _describe_namespace(self) -> None:
         """Put the namespace's JSON beside the data, once, for people."""

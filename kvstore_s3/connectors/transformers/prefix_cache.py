@@ -187,6 +187,8 @@ class PrefixCache:
         except KVStoreError as error:
             self._note("load from", error)
             answered = False
+        else:
+            self._reported.discard("load from")
         stored = 0 if kv is None else kv.shape[2]
         if kv is not None:
             kv = kv[:, :, : keep(stored, prompt.shape[1])]
@@ -197,10 +199,12 @@ class PrefixCache:
         self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
     ) -> Saved:
         try:
-            return self._save(prompt, cache, begin, end, salt, quality)
+            saved = self._save(prompt, cache, begin, end, salt, quality)
         except KVStoreError as error:
             self._note("save to", error)
             return _NOTHING
+        self._reported.discard("save to")
+        return saved
 
     def _save(
         self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
@@ -242,9 +246,9 @@ class PrefixCache:
         return tokens - tokens % self.store.namespace.chunk_tokens
 
     def _note(self, what: str, error: KVStoreError) -> None:
-        kind = f"{what} {type(error).__name__}"
-        level = logging.DEBUG if kind in self._reported else logging.WARNING
-        self._reported.add(kind)
+        """Say once that the store fails, until it has answered again."""
+        level = logging.DEBUG if what in self._reported else logging.WARNING
+        self._reported.add(what)
         log.log(level, "could not %s the KV store; prompts are computed instead: %s", what, error)
 
 

@@ -1,0 +1,172 @@
+"""Reading one chunk's share of a band of layers: from host memory, NVMe or the store, verified, decoded, kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from kvstore_s3.bitstream import Header, Identity, parse_header
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError
+from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, in_thread
+from kvstore_s3.quality import Quality
+from kvstore_s3.tiers import Extent, Tiers
+from kvstore_s3.transfer.prefetcher import Prefetcher
+from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, has_boundaries, plan_ranges
+
+if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
+
+_NO_TIERS = Tiers()
+
+
+@dataclass(slots=True)
+class Brought:
+    """The ranges of a chunk in memory, in order: those that a tier gave, and those that are new to host memory."""
+
+    pieces: list[tuple[BandRange, memoryview]]
+    new: list[tuple[BandRange, memoryview]]
+    local: bool
+    holding: AsyncExitStack
+    """Keeps the slab of the new ones until it is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """What reading takes: the tiers, the store behind them, the quality wanted, threads."""
+
+    prefetcher: Prefetcher
+    tiers: Tiers
+    quality: Quality
+    threads: Executor
+    find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
+    range_bytes: int
+    gap_bytes: int
+    _keeping: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def read_chunk(self, chunk: StoredChunk, band: Band, levels: int, out: Bits, *, urgency: float) -> Header:
+        """Read `levels` levels of `band` of a chunk into `out` [layers of the band, 2, tokens, heads, dim].
+
+        The band is the first of the object, or its header is known. Returns the verified header. Raises
+        `DamagedObjectError` or `ObjectNotFoundError` where the object cannot be used, and `StoreError` where the store
+        fails; `out` is then undefined. What a tier gave damaged is dropped there and read from the store.
+        """
+        header = await self._read(chunk, band, levels, out, urgency, self.tiers)
+        if header is None:
+            self.tiers.drop(chunk.object_key)
+            header = await self._read(chunk, band, levels, out, urgency, _NO_TIERS)
+        assert header is not None  # without tiers, damage is raised
+        return header
+
+    async def settle(self) -> None:
+        """Wait until what is on its way into the tiers has arrived."""
+        while self._keeping:
+            await asyncio.wait(set(self._keeping))
+
+    async def _read(
+        self, chunk: StoredChunk, band: Band, levels: int, out: Bits, urgency: float, tiers: Tiers
+    ) -> Header | None:
+        """As `read_chunk`; None where a tier is to blame."""
+        ranges = band_ranges(chunk.table, band, levels=levels)
+        if chunk.header is None or (self.tiers and ranges[0].sections.start == 0):
+            ranges[0] = replace(ranges[0], start=0)  # the header comes along
+        async with self._bring(chunk.object_key, ranges, urgency, tiers) as brought:
+            try:
+                header = chunk.header or self._parse_header(brought.pieces[0][1], chunk.identity)
+                if header.table == chunk.table:
+                    calibration = await self._find_calibration(header)
+                    work = (header, chunk.first_token, calibration, band, brought.pieces, out)
+                    await in_thread(self.threads, decode_band, *work)
+                    self._keep(chunk.object_key, header, brought)
+                    return header
+            except MissingCalibrationError:
+                raise
+            except DamagedObjectError:
+                if brought.local:
+                    return None
+                raise
+        if not has_boundaries(header.table, band):
+            raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
+        corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
+        return await self._read(corrected, band, levels, out, urgency, tiers)
+
+    @asynccontextmanager
+    async def _bring(
+        self, key: str, ranges: Sequence[BandRange], urgency: float, tiers: Tiers
+    ) -> AsyncIterator[Brought]:
+        local = False
+
+        async def read_near(key: str, start: int, into: memoryview) -> bool:
+            nonlocal local
+            if not tiers.covers(key, Extent(start, start + len(into))) or not await tiers.read(key, start, into):
+                return False
+            local = True
+            return True
+
+        async with AsyncExitStack() as holding:
+            found: dict[BandRange, memoryview] = {}
+            for part in ranges:
+                context = tiers.borrow(key, Extent(part.start, part.end))
+                if context is not None:
+                    found[part] = holding.enter_context(context)
+                    local = True
+            rest = [part for part in ranges if part not in found]
+            if rest:
+                extents = [(part.start, part.end) for part in rest]
+                most = max(self.range_bytes, *(part.length for part in rest))  # a section lies in one piece
+                requests = plan_ranges(extents, max_bytes=most, gap_bytes=self.gap_bytes)
+                asked = [(request.start, request.end) for request in requests]
+                fetching = self.prefetcher.fetch_ranges(key, asked, urgency, near=read_near if tiers else None)
+                for request, view in zip(requests, await holding.enter_async_context(fetching), strict=True):
+                    for part in (rest[number] for number in request.parts):
+                        found[part] = view[part.start - request.start : part.end - request.start]
+            yield Brought(
+                [(part, found[part]) for part in ranges], [(part, found[part]) for part in rest], local, holding
+            )
+
+    def _keep(self, key: str, header: Header, brought: Brought) -> None:
+        """Offer what is new to the tiers, in the background: unless slabs are short, for reading comes first."""
+        if not brought.new or not self.tiers or 2 * self.prefetcher.pool.leased > self.prefetcher.pool.budget:
+            return
+        runs = [run for part, data in brought.new for run in _verified_runs(part, data, header)]
+        holding = brought.holding.pop_all()
+
+        async def keep() -> None:
+            async with holding:
+                await self.tiers.keep(key, header.table, runs)
+
+        task = asyncio.create_task(keep())
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    def _parse_header(self, data: memoryview, identity: Identity) -> Header:
+        header = parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
+        levels = count_levels(header.table)
+        if not self.quality.is_met_by(header.table.profile, levels):
+            found = f"the object has {levels} levels, profile {self.quality.name!r} needs {self.quality.levels}"
+            raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
+        return header
+
+    async def _find_calibration(self, header: Header) -> Calibration | None:
+        if header.calibration is None:
+            return None
+        calibration = await self.find_calibration(header.calibration)
+        if calibration is None:
+            raise MissingCalibrationError(header.calibration)
+        return calibration
+
+
+def _verified_runs(part: BandRange, data: memoryview, header: Header) -> list[tuple[int, memoryview]]:
+    """The bytes of `part` that were verified, as (offset, bytes): whole sections, the header with the first one."""
+    runs: list[tuple[int, int]] = [(0, header.table.header_length)] if part.start == 0 else []
+    for number in part.sections:
+        section = header.table.sections[number]
+        if runs and runs[-1][1] == section.offset:
+            runs[-1] = (runs[-1][0], section.end)
+        else:
+            runs.append((section.offset, section.end))
+    return [(start, data[start - part.start : end - part.start]) for start, end in runs]

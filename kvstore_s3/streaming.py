@@ -1,0 +1,279 @@
+"""One load under way: band after band of layers, the next on the wire while one is used, planned anew on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kvstore_s3.bitstream import Identity, SectionTable
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.encode import view_bits
+from kvstore_s3.load import LOST, StoredChunk
+from kvstore_s3.metrics import Count, ignore
+from kvstore_s3.planner import ChunkCost, Plan, PrefillSpeed, Replanner, plan
+from kvstore_s3.quality import find_quality
+from kvstore_s3.reader import Reader
+from kvstore_s3.transfer.bandwidth import Bandwidth
+from kvstore_s3.transfer.link import bytes_ahead, urgency
+from kvstore_s3.transfer.ranges import Band, count_levels
+
+_BANDS_AHEAD = 1
+"""Bands that are read while one is handed over."""
+_REPLAN_S = 0.05
+"""Seconds between two looks at the plan of a load under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a load competes with: the engine could compute the prompt instead.
+
+    `prompt_tokens` is the length of the whole prompt. With `deadline_s` (to the first token, from the start of the
+    load), levels of lossy objects are left out, down to the setting `lowest_profile`, where they would come too late.
+    `seconds_per_layer` is for engines that compute layer by layer while the load runs: group of layer n is needed n
+    times so long after the start.
+    """
+
+    prefill: PrefillSpeed
+    prompt_tokens: int
+    deadline_s: float | None = None
+    seconds_per_layer: float = 0.0
+
+
+@dataclass(slots=True)
+class Group:
+    """A band that is read into `kv`, which has room for the first `chunks` chunks of the load."""
+
+    band: Band
+    kv: torch.Tensor
+    chunks: int
+    jobs: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    task: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the loads of one store share: the estimate of the link, and how urgent and how large each of them is."""
+
+    bandwidth: Bandwidth
+    loads: dict[int, tuple[float, int]] = field(default_factory=dict)
+
+    def wait_s(self, load: int, mine: float) -> float:
+        """Seconds until a load of urgency `mine` gets its first byte."""
+        ahead = bytes_ahead(mine, (entry for number, entry in self.loads.items() if number != load))
+        rate = self.bandwidth.bytes_per_s
+        return self.bandwidth.latency_s + (ahead / rate if rate else 0.0)
+
+
+class Stream:
+    """Reads chunks band by band. `chunks` learn their headers; the first `good` of them are what the load gives.
+
+    `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
+    into. `on_lost` hears of objects that could not be used; the load then ends before the first of them.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        link: Link,
+        chunks: Sequence[StoredChunk],
+        bands: Sequence[Band],
+        *,
+        allocate: Callable[[Band, int], torch.Tensor],
+        on_lost: Callable[[Identity, Exception], None],
+        at_once: int,
+        pace: Pace | None = None,
+        lowest_profile: str | None = None,
+        count: Count = ignore,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.good = len(self.chunks)
+        self.levels = [reader.quality.levels] * len(self.chunks)
+        self._reader = reader
+        self._link = link
+        self._bands = bands
+        self._allocate = allocate
+        self._on_lost = on_lost
+        self._turns = asyncio.Semaphore(at_once)
+        self._pace = pace
+        self._count = count
+        self._lowest = find_quality(lowest_profile).levels if lowest_profile else reader.quality.levels
+        self._headers = [asyncio.Event() for _ in self.chunks]
+        self._layers_read = [0] * len(self.chunks)
+        self._sizes = [_level_bytes(chunk.table, reader.quality.levels) for chunk in self.chunks]
+        self._layers = bands[-1].layer_end - bands[0].layer_begin
+        self._begun = time.monotonic()
+        self._next_band = 0
+        self._groups: deque[Group] = deque()
+        self._replanner: Replanner | None = None
+        self._planned_at = -_REPLAN_S
+
+    @property
+    def qualities(self) -> tuple[str, ...]:
+        """Of the chunks that are good so far."""
+        read = zip(self.chunks[: self.good], self.levels, strict=False)
+        return tuple(chunk.quality(levels) for chunk, levels in read)
+
+    async def run(self) -> AsyncGenerator[tuple[Band, torch.Tensor], None]:
+        """Each band and its tensor, in order; the first `good` chunks of it are right. Ends early where none is."""
+        try:
+            while self.good and (group := self._next_group()) is not None:
+                await self._finish(group)
+                self._start_groups()
+                yield group.band, group.kv
+        finally:
+            self._link.loads.pop(id(self), None)
+            await _cancel(self._groups)
+
+    def _next_group(self) -> Group | None:
+        self._start_groups()
+        return self._groups.popleft() if self._groups else None
+
+    def _start_groups(self) -> None:
+        while self._next_band < len(self._bands) and len(self._groups) <= _BANDS_AHEAD:
+            self._replan()
+            if not self.good:
+                return
+            band = self._bands[self._next_band]
+            self._next_band += 1
+            group = Group(band, self._allocate(band, self.good), self.good)
+            group.task = asyncio.create_task(self._read_group(group, self._urgency(band)))
+            self._groups.append(group)
+
+    async def _finish(self, group: Group) -> None:
+        assert group.task is not None
+        self._groups.appendleft(group)  # so that it is cancelled with the others
+        while not group.task.done():
+            await asyncio.wait({group.task}, timeout=_REPLAN_S if self._pace else None)
+            if not group.task.done() and self._replan():
+                self._cancel_cut()
+        self._groups.popleft()
+        group.task.result()
+
+    async def _read_group(self, group: Group, urgency: float) -> None:
+        bits = view_bits(group.kv)
+        tokens = bits.shape[2] // group.chunks
+
+        async def read(index: int) -> None:
+            async with self._turns:
+                if index >= self.good:
+                    return
+                if group.band is not self._bands[0] and self.chunks[index].header is None:
+                    await self._headers[index].wait()  # before a slab is taken: its reader may need one
+                    if self.chunks[index].header is None:
+                        return  # lost, or the load is failing
+                target = bits[:, :, index * tokens : (index + 1) * tokens]
+                await self._read_chunk(index, group.band, target, urgency)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index in range(group.chunks):
+                    group.jobs[index] = tasks.create_task(read(index))
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    async def _read_chunk(self, index: int, band: Band, target: Bits, urgency: float) -> None:
+        chunk = self.chunks[index]
+        try:
+            header = await self._reader.read_chunk(chunk, band, self.levels[index], target, urgency=urgency)
+            self.chunks[index] = replace(chunk, table=header.table, header=header)
+            self._layers_read[index] += band.layer_end - band.layer_begin
+        except LOST as error:
+            self.good = min(self.good, index)
+            self._on_lost(chunk.identity, error)
+        finally:
+            self._headers[index].set()
+
+    def _cancel_cut(self) -> None:
+        for group in self._groups:
+            for index, job in group.jobs.items():
+                if index >= self.good:
+                    job.cancel()
+
+    def _urgency(self, band: Band) -> float:
+        pace, first_layer = self._pace, self._bands[0].layer_begin
+        left = sum(cost.bytes(levels) for cost, levels in zip(self._costs(), self.levels, strict=False))
+        needed_at = self._begun + (band.layer_begin - first_layer) * (pace.seconds_per_layer if pace else 0.0)
+        mine = urgency(needed_at=needed_at, remaining_bytes=left, bandwidth=self._link.bandwidth.bytes_per_s)
+        self._link.loads[id(self)] = (mine, left)
+        return mine
+
+    def _costs(self) -> list[ChunkCost]:
+        """What is still to be read of each chunk that is loaded."""
+        return [
+            ChunkCost(tuple(size * (self._layers - done) // self._layers for size in sizes))
+            for sizes, done in zip(self._sizes[: self.good], self._layers_read, strict=False)
+        ]
+
+    def _replan(self) -> bool:
+        """Look again at what is worth loading; True where the load was cut."""
+        pace, now = self._pace, time.monotonic()
+        if pace is None or now - self._planned_at < _REPLAN_S:
+            return False
+        self._planned_at = now
+        before = self.good
+        plan = self._first_plan(pace) if self._replanner is None else self._revise(self._replanner, now)
+        for index, levels in enumerate(plan.levels[: self.good]):
+            if levels < min(self.levels[index], len(self._sizes[index])):
+                self._count("levels_left_out", self.levels[index] - levels)
+                self.levels[index] = levels
+        if plan.keep < self.good:
+            self._count("chunks_left_to_recompute", self.good - plan.keep)
+            self.good = plan.keep
+        return self.good < before
+
+    def _first_plan(self, pace: Pace) -> Plan:
+        tokens, first_token = self.chunks[0].identity.tokens, self.chunks[0].first_token
+        highest = max(len(sizes) for sizes in self._sizes)
+        lowest = min(self._lowest, highest)
+        first = plan(
+            self._costs(),
+            bandwidth=self._link.bandwidth.bytes_per_s,
+            latency_s=self._link.wait_s(id(self), self._begun),
+            prefill=pace.prefill,
+            chunk_tokens=tokens,
+            first_token=first_token,
+            prompt_tokens=pace.prompt_tokens,
+            deadline_s=pace.deadline_s,
+            lowest_levels=lowest,
+            highest_levels=highest,
+        )
+        self._replanner = Replanner(
+            first,
+            prefill=pace.prefill,
+            chunk_tokens=tokens,
+            first_token=first_token,
+            prompt_tokens=pace.prompt_tokens,
+            deadline_s=pace.deadline_s,
+            lowest_levels=lowest,
+        )
+        return first
+
+    def _revise(self, replanner: Replanner, now: float) -> Plan:
+        return replanner.revise(
+            self._costs(),
+            bandwidth=self._link.bandwidth.bytes_per_s,
+            elapsed_s=now - self._begun,
+            latency_s=self._link.bandwidth.latency_s,
+        )
+
+
+def _level_bytes(table: SectionTable, levels: int) -> tuple[int, ...]:
+    """Stored bytes up to each of the first `levels` levels, or of those there are."""
+    levels = min(levels, count_levels(table))
+    sizes = [0] * levels
+    for section in table.sections:
+        for level in range(section.level, levels):
+            sizes[level] += section.stored_length
+    return tuple(sizes)
+
+
+async def _cancel(groups: deque[Group]) -> None:
+    tasks = [group.task for group in groups if group.task is not None]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,106 @@
+"""The tiers on this machine, in front of the object store: host memory in front of NVMe.
+
+They keep byte ranges of objects that a load has verified. Whatever goes wrong in them is a miss: the store has it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from kvstore_s3.arena import Arena
+from kvstore_s3.config import Settings
+from kvstore_s3.metrics import Count, ignore
+from kvstore_s3.section_index import SectionTable
+from kvstore_s3.tier.host import HostTier
+from kvstore_s3.tier.nvme import NvmeTier
+
+
+class Extent(NamedTuple):
+    """Bytes `start` to `end` of an object."""
+
+    start: int
+    end: int
+
+
+def level_extents(table: SectionTable) -> list[Extent]:
+    """The bytes of each level of an object; the first begins with the header. Levels follow each other without gaps."""
+    ends: dict[int, int] = {}
+    for section in table.sections:
+        ends[section.level] = section.end
+    starts = [0, *list(ends.values())[:-1]]
+    return [Extent(start, end) for start, end in zip(starts, ends.values(), strict=True)]
+
+
+class Tiers:
+    """Both tiers, or one, or none. For one event loop."""
+
+    def __init__(self, host: HostTier | None = None, nvme: NvmeTier | None = None) -> None:
+        self._host = host
+        self._nvme = nvme
+
+    @classmethod
+    def open(cls, settings: Settings, count: Count = ignore) -> Tiers:
+        """The tiers that `settings` ask for."""
+        host = nvme = None
+        if settings.host_tier_bytes:
+            host = HostTier(Arena(settings.host_tier_bytes, pin=settings.pin_memory), count=count)
+        if settings.nvme_tier_dir is not None:
+            nvme = NvmeTier(
+                settings.nvme_tier_dir,
+                budget_bytes=settings.nvme_tier_bytes,
+                threads=settings.download_concurrency,
+                count=count,
+            )
+        return cls(host, nvme)
+
+    def __bool__(self) -> bool:
+        return self._host is not None or self._nvme is not None
+
+    def borrow(self, key: str, extent: Extent) -> AbstractContextManager[memoryview] | None:
+        """The bytes where they lie in host memory, kept there while the context is open; None: not there."""
+        return self._host.borrow(key, *extent) if self._host else None
+
+    def covers(self, key: str, extent: Extent) -> bool:
+        """Whether `read` will probably succeed."""
+        return self._nvme is not None and self._nvme.covers(key, *extent)
+
+    async def read(self, key: str, start: int, into: memoryview) -> bool:
+        """Fill `into` from NVMe. False: it is not there, or cannot be read; `into` is then undefined."""
+        return self._nvme is not None and await self._nvme.read(key, start, into)
+
+    async def read_start(self, key: str, length: int) -> bytes | None:
+        """The first `length` bytes of an object, where a tier has them."""
+        extent = Extent(0, length)
+        borrowed = self.borrow(key, extent)
+        if borrowed is not None:
+            with borrowed as view:
+                return bytes(view)
+        if not self.covers(key, extent):
+            return None
+        data = bytearray(length)
+        return bytes(data) if await self.read(key, 0, memoryview(data)) else None
+
+    async def keep(self, key: str, table: SectionTable, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Offer verified bytes of an object: (offset, bytes) each, whole sections, the header with the first."""
+        extents = level_extents(table)
+        for start, data in runs:
+            if self._host is not None:
+                self._host.offer(key, start, data)
+            if self._nvme is not None:
+                for piece in extents:
+                    begin, end = max(start, piece.start), min(start + len(data), piece.end)
+                    if begin < end and not self._nvme.covers(key, *piece):
+                        await self._nvme.offer(key, *piece, begin, data[begin - start : end - start])
+
+    def drop(self, key: str) -> None:
+        """Forget an object: what the tiers gave of it was damaged."""
+        for tier in (self._host, self._nvme):
+            if tier is not None:
+                tier.drop(key)
+
+    async def close(self) -> None:
+        for tier in (self._host, self._nvme):
+            if tier is not None:
+                await tier.close()
