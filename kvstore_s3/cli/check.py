@@ -25,7 +25,7 @@ from kvstore_s3.cli.progress import WorkProgress
 from kvstore_s3.cli.verify import decode_sections, expect_identity, read_header, verify_sections
 from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
-from kvstore_s3.transfer.buffers import BufferBudget
+from kvstore_s3.transfer.buffers import SlabPool
 
 if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
@@ -106,7 +106,7 @@ class _Checker:
         self._calibrations = calibrations
         self._decode = decode
         self._workers = settings.download_concurrency
-        self._buffers = BufferBudget(settings.buffer_bytes)
+        self._slabs = SlabPool(settings.buffer_bytes, pin=False)
 
     async def check_all(self, namespaces: dict[str, NamespaceTotals], prefix: str) -> None:
         queue: asyncio.Queue[tuple[ObjectName, ObjectInfo] | None] = asyncio.Queue(self._workers)
@@ -140,9 +140,9 @@ class _Checker:
             lacking = header.calibration is not None and header.calibration not in sound
             if self._decode and not lacking:
                 calibration = sound[header.calibration] if header.calibration else None
-                await decode_sections(self._objects, info, header, self._buffers, calibration)
+                await decode_sections(self._objects, info, header, self._slabs, calibration)
             else:
-                await verify_sections(self._objects, info, header, self._buffers)
+                await verify_sections(self._objects, info, header, self._slabs)
             if lacking:  # and sound otherwise: what is damaged is listed as that
                 self._findings.lacking.append(info.key)
         except ObjectNotFoundError:

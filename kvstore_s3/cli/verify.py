@@ -23,7 +23,7 @@ from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.load import decode_section
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
-from kvstore_s3.transfer.buffers import BufferBudget
+from kvstore_s3.transfer.buffers import SlabPool
 from kvstore_s3.transfer.ranges import group_levels
 
 if TYPE_CHECKING:
@@ -59,16 +59,16 @@ async def read_header(objects: ObjectStore, info: ObjectInfo, identity: Identity
     return header
 
 
-async def verify_sections(objects: ObjectStore, info: ObjectInfo, header: Header, buffers: BufferBudget) -> None:
+async def verify_sections(objects: ObjectStore, info: ObjectInfo, header: Header, slabs: SlabPool) -> None:
     """Read and verify every section, one at a time. Raises `DamagedObjectError` at the first that is not as saved."""
     for number, section in enumerate(header.table.sections):
-        async with buffers.lease(section.stored_length) as buffer:
+        async with slabs.lease(section.stored_length) as buffer:
             await objects.get_range(info.key, section.offset, buffer)
             await asyncio.to_thread(header.verify, number, buffer)
 
 
 async def decode_sections(
-    objects: ObjectStore, info: ObjectInfo, header: Header, buffers: BufferBudget, calibration: Calibration | None
+    objects: ObjectStore, info: ObjectInfo, header: Header, slabs: SlabPool, calibration: Calibration | None
 ) -> None:
     """Read, verify and decode every section, all levels of one place at a time. Raises as `verify_sections`.
 
@@ -76,7 +76,7 @@ async def decode_sections(
     """
     sections = header.table.sections
     for numbers in group_levels(header.table, range(len(sections))):
-        async with buffers.lease(sum(sections[number].stored_length for number in numbers)) as buffer:
+        async with slabs.lease(sum(sections[number].stored_length for number in numbers)) as buffer:
             stored, begin = [], 0
             for number in numbers:
                 stored.append(buffer[begin : begin + sections[number].stored_length])

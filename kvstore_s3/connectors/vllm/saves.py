@@ -11,7 +11,7 @@ import torch
 from kvstore_s3.connectors.vllm.health import StoreHealth
 from kvstore_s3.connectors.vllm.messages import SaveOrder, SaveReport
 from kvstore_s3.connectors.vllm.stats import Tally
-from kvstore_s3.errors import KVStoreError
+from kvstore_s3.errors import KVStoreError, StoreBusyError
 from kvstore_s3.store import KVStore
 
 
@@ -64,6 +64,9 @@ class Saver:
             saved = await self._kv.save(
                 prompt, kv, salt=order.salt, first_token=order.tokens.begin, prefix_quality=quality
             )
+        except StoreBusyError:  # writes are put off while reads go on
+            self._tally.add("kvstore_saves_shed")
+            return False
         except KVStoreError as error:
             self._tally.add("kvstore_saves_failed")
             self._health.report(error)
