@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from kvstore_s3.errors import KVStoreError
     from kvstore_s3.layout import KVLayout
     from kvstore_s3.namespace import Namespace
+    from kvstore_s3.planner import PrefillSpeed
     from kvstore_s3.runtime import connect
-    from kvstore_s3.store import Hit, KVStore, LayerGroup, Saved
+    from kvstore_s3.store import Hit, KVStore, LayerGroup, Pace, Saved
 
 __version__ = "0.1.0"
 
@@ -26,12 +27,26 @@ _HOMES = {
     "KVStoreError": "errors",
     "LayerGroup": "store",
     "Namespace": "namespace",
+    "Pace": "store",
+    "PrefillSpeed": "planner",
     "Saved": "store",
     "Settings": "config",
     "connect": "runtime",
 }
 
-__all__ = ["Hit", "KVLayout", "KVStore", "KVStoreError", "LayerGroup", "Namespace", "Saved", "Settings", "connect"]
+__all__ = [
+    "Hit",
+    "KVLayout",
+    "KVStore",
+    "KVStoreError",
+    "LayerGroup",
+    "Namespace",
+    "Pace",
+    "PrefillSpeed",
+    "Saved",
+    "Settings",
+    "connect",
+]
 
 
 def __getattr__(name: str) -> Any:

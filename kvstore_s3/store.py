@@ -134,6 +134,7 @@ class KVStore:
         try:
             if self.quality.object_profile == "cachegen":
                 await asyncio.to_thread(require_coder)
+            await self._tiers.start()
             if self._probe:
                 await self.objects.probe()
         except BaseException:

@@ -58,6 +58,11 @@ class Tiers:
     def __bool__(self) -> bool:
         return self._host is not None or self._nvme is not None
 
+    async def start(self) -> None:
+        """Find what earlier processes, and other ones, keep on NVMe."""
+        if self._nvme is not None:
+            await self._nvme.start()
+
     def borrow(self, key: str, extent: Extent) -> AbstractContextManager[memoryview] | None:
         """The bytes where they lie in host memory, kept there while the context is open; None: not there."""
         return self._host.borrow(key, *extent) if self._host else None

@@ -1,0 +1,124 @@
+"""A load that knows how fast the engine computes stops where computing is faster, and reads what is in time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore_s3 import KVLayout, KVStore, Namespace, Pace, PrefillSpeed, Settings
+
+LAYOUT = KVLayout(layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
+NAMESPACE = Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=64)
+TOKENS = list(range(64 * 16))
+
+
+def draw_kv() -> torch.Tensor:
+    return torch.randn((4, 2, len(TOKENS), 4, 64), generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+class SlowLink:
+    """Lets the reads of a store through one after the other, at `bytes_per_s`, which may change meanwhile."""
+
+    def __init__(self, store: KVStore, monkeypatch: pytest.MonkeyPatch, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self.bytes = 0
+        turn, get_range = asyncio.Lock(), store.objects.get_range
+
+        async def read(key: str, start: int, into: memoryview) -> None:
+            async with turn:
+                await asyncio.sleep(len(into) / self.bytes_per_s)
+                await get_range(key, start, into)
+                self.bytes += len(into)
+
+        monkeypatch.setattr(store.objects, "get_range", read)
+
+
+@asynccontextmanager
+async def opened(path: Path, **given: object) -> AsyncIterator[KVStore]:
+    settings = Settings(chunk_tokens=64, layer_group=2, range_bytes=64 * 1024, hedge_ratio=0, **given)  # type: ignore[arg-type]
+    async with KVStore.open(path.as_uri(), NAMESPACE, settings) as store:
+        yield store
+    assert store._slabs.leased == 0
+
+
+async def measured(store: KVStore) -> None:
+    """Let the store measure its link."""
+    await store.load(await store.lookup(TOKENS))
+
+
+async def test_without_a_pace_everything_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+        SlowLink(store, monkeypatch, 8e6)
+        assert torch.equal(await store.load(await store.lookup(TOKENS)), draw_kv())
+
+
+async def test_an_engine_faster_than_the_link_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+        link = SlowLink(store, monkeypatch, 8e6)
+        await measured(store)
+        link.bytes = 0
+        quick = Pace(PrefillSpeed(seconds_per_token=1e-6), prompt_tokens=len(TOKENS))
+        hit = await store.lookup(TOKENS)
+        assert (await store.load(hit, pace=quick)).shape[2] == 0
+        assert [group async for group in store.stream(hit, pace=quick)] == []
+        assert link.bytes == 0
+        assert store.counters.snapshot()["chunks_left_to_recompute"] == 32
+
+
+async def test_an_engine_slower_than_the_link_loads_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+        SlowLink(store, monkeypatch, 8e6)
+        await measured(store)
+        slow = Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS))
+        assert torch.equal(await store.load(await store.lookup(TOKENS), pace=slow), draw_kv())
+
+
+async def test_a_link_that_collapses_is_given_up_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+        link = SlowLink(store, monkeypatch, 20e6)
+        await measured(store)
+        pace = Pace(PrefillSpeed(seconds_per_token=0.001), prompt_tokens=len(TOKENS))
+        loading = asyncio.create_task(store.load(await store.lookup(TOKENS), pace=pace))
+        await asyncio.sleep(0.05)
+        link.bytes_per_s = 0.2e6
+        begun = time.monotonic()
+        kv = await loading
+        whole = store.namespace.layout.bytes_per_token * len(TOKENS) / 0.2e6
+        assert kv.shape[2] < len(TOKENS)
+        assert torch.equal(kv, draw_kv()[:, :, : kv.shape[2]])
+        assert time.monotonic() - begun < whole / 2
+
+
+async def test_levels_are_left_out_where_they_would_be_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path, profile="near-lossless", lowest_profile="small") as store:
+        await store.save(TOKENS, draw_kv())
+        link = SlowLink(store, monkeypatch, 4e6)
+        await measured(store)
+        all_levels, link.bytes = link.bytes, 0
+        pace = Pace(PrefillSpeed(seconds_per_token=0.01), prompt_tokens=len(TOKENS), deadline_s=all_levels / 4e6 / 2)
+        hit = await store.lookup(TOKENS)
+        assert (await store.load(hit, pace=pace)).shape[2] == len(TOKENS)
+        assert hit.quality in ("balanced", "small")
+        assert link.bytes < all_levels
+        assert store.counters.snapshot()["levels_left_out"] > 0
+
+
+async def test_quality_is_never_lowered_unless_that_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path, profile="near-lossless") as store:
+        await store.save(TOKENS, draw_kv())
+        SlowLink(store, monkeypatch, 4e6)
+        await measured(store)
+        pace = Pace(PrefillSpeed(seconds_per_token=0.01), prompt_tokens=len(TOKENS), deadline_s=0.01)
+        hit = await store.lookup(TOKENS)
+        assert (await store.load(hit, pace=pace)).shape[2] == len(TOKENS)
+        assert hit.quality == "near-lossless"
