@@ -12,12 +12,14 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from kvstore_s3.tier.base import PAGE
 
 _SCRATCH = 256 * PAGE
+_MOST_BUFFERS = 64
 
 
 class _Scratch(threading.local):
@@ -54,14 +56,39 @@ def read_fully(file: int, position: int, into: memoryview, *, direct: bool) -> N
         _read_by_scratch(file, position, into)
 
 
-def write_fully(file: int, position: int, data: memoryview, *, direct: bool) -> None:
-    """Write `data` at `position`; where `direct`, position and length are whole pages."""
-    if direct and not is_aligned(data):
-        _write_by_scratch(file, position, data)
-        return
-    done = 0
-    while done < len(data):
-        done += os.pwrite(file, data[done:], position + done)
+def write_all(file: int, writes: Sequence[tuple[int, memoryview]], *, direct: bool) -> None:
+    """Write each buffer at its position; where `direct`, positions and lengths are whole pages."""
+    for position, buffers in _neighbours(sorted(writes, key=lambda write: write[0])):
+        if direct and not all(map(is_aligned, buffers)):
+            for buffer in buffers:
+                _write_by_scratch(file, position, buffer)
+                position += len(buffer)
+        else:
+            _write_together(file, position, buffers)
+
+
+def _neighbours(writes: list[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
+    """Buffers that go to one place behind each other, for one system call."""
+    position, buffers, end = 0, list[memoryview](), -1
+    for start, buffer in writes:
+        if start != end or len(buffers) == _MOST_BUFFERS:
+            if buffers:
+                yield position, buffers
+            position, buffers = start, []
+        buffers.append(buffer)
+        end = start + len(buffer)
+    if buffers:
+        yield position, buffers
+
+
+def _write_together(file: int, position: int, buffers: list[memoryview]) -> None:
+    while buffers:
+        done = os.pwritev(file, buffers, position)
+        position += done
+        while buffers and done >= len(buffers[0]):
+            done -= len(buffers.pop(0))
+        if done:
+            buffers[0] = buffers[0][done:]
 
 
 def _read_plain(file: int, position: int, into: memoryview) -> None:
@@ -107,7 +134,7 @@ def _write_by_scratch(file: int, position: int, data: memoryview) -> None:
         part = data[start : start + _SCRATCH]
         pages = _scratch.memory[: len(part)]
         pages[:] = part
-        write_fully(file, position + start, pages, direct=True)
+        _write_together(file, position + start, [pages])
 
 
 def _ended(position: int) -> OSError:

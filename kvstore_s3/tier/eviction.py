@@ -85,6 +85,14 @@ class Eviction(Generic[Name]):
             victim = self._step_small(is_busy) if from_small else self._step_main(is_busy)
             if victim is not None:
                 return victim
+        return self._evict_any(is_busy)
+
+    def _evict_any(self, is_busy: Callable[[Name], bool]) -> Name | None:
+        """Where the queue whose turn it is holds busy entries alone."""
+        for name in (*self._small, *self._main):
+            if not is_busy(name):
+                self.remove(name)
+                return name
         return None
 
     def _step_small(self, is_busy: Callable[[Name], bool]) -> Name | None:

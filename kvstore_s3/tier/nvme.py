@@ -24,9 +24,10 @@ from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.base import check_key
 from kvstore_s3.tier.base import TierStats
 from kvstore_s3.tier.extents import Extent
-from kvstore_s3.tier.nvme_files import Committed, NvmeFiles, Temporary
-from kvstore_s3.tier.nvme_index import NvmeIndex
+from kvstore_s3.tier.nvme_files import NvmeFiles
+from kvstore_s3.tier.nvme_index import NvmeIndex, Victim
 from kvstore_s3.tier.nvme_names import digest_of
+from kvstore_s3.tier.nvme_records import Committed, Step
 from kvstore_s3.tier.nvme_usage import parse
 from kvstore_s3.tier.open_pieces import OpenPiece, OpenPieces
 from kvstore_s3.tier.pieces import Write, file_size
@@ -73,6 +74,11 @@ class NvmeTier:
         """What this process knows of; the budget counts what all processes keep."""
         return TierStats(len(self._index.extents), self._index.bytes, self._files.budget)
 
+    async def settle(self) -> None:
+        """Wait until all that goes on in the background is done: removing what was dropped, looking for news."""
+        while self._tasks:
+            await finish(asyncio.wait(tuple(self._tasks)))
+
     async def start(self) -> bool:
         """Find what is kept, remove what dead writers left. False where the directory cannot be used now."""
         if self._started or self._closed:
@@ -108,9 +114,9 @@ class NvmeTier:
         if (holder := self._index.extents.holding(*extent)) is not None:
             self._index.visit(holder, time.monotonic())
             return
-        piece, idle = self._open.find(key, extent, time.monotonic())
-        if idle is not None:
+        for idle in self._open.pop_idle(time.monotonic()):
             self._abandon(idle)
+        piece = self._open.find(key, extent, time.monotonic())
         if piece is not None and data:
             await self._offer_to(piece, start, data)
 
@@ -131,8 +137,7 @@ class NvmeTier:
         self._started = False
         for piece in self._open.pop_all():
             self._abandon(piece)
-        while self._tasks:
-            await finish(asyncio.wait(tuple(self._tasks)))
+        await self.settle()
         self._index.forget_all()
         for pool in (self._reading, self._writing):
             await finish(asyncio.to_thread(pool.shutdown))
@@ -191,7 +196,7 @@ class NvmeTier:
     async def _offer_to(self, piece: OpenPiece, start: int, data: memoryview) -> None:
         try:
             async with piece.lock:
-                if not piece.abandoned:
+                if not piece.closed:
                     await finish(self._advance(piece, start, data))
         except asyncio.CancelledError:
             self._open.remove(piece)
@@ -205,39 +210,52 @@ class NvmeTier:
         else:
             await self._write(piece, piece.piece.take(start, data))
         if piece.piece.is_whole:
+            piece.closed = True
             self._open.remove(piece)
 
     async def _write(self, piece: OpenPiece, writes: list[Write]) -> None:
-        temporary, piece.temporary = piece.temporary, None
         try:
-            if temporary is None:
-                temporary = await self._reserve(piece.extent)
-            if temporary is None:
-                self._open.ignore(piece)
-                return
-            committed = await self._write_to(temporary, piece, writes)
+            step = await self._take_step(piece, writes)
         except OSError as error:
+            piece.temporary = None  # discarded
             self._open.ignore(piece)
             self._failed(error, self._writes, "write")
             return
         self._writes.worked()
-        if committed is None:
-            piece.temporary = temporary
+        if step is None:
+            self._open.ignore(piece)
+        elif step.committed is not None:
+            piece.temporary = None
+            self._keep(piece, step.committed)
         else:
-            self._keep(piece, committed)
+            piece.temporary = step.reservation.temporary
 
-    async def _write_to(self, temporary: Temporary, piece: OpenPiece, writes: list[Write]) -> Committed | None:
-        whole = piece.piece.is_whole
-
-        def write() -> Committed | None:
+    async def _take_step(self, piece: OpenPiece, writes: list[Write]) -> Step | None:
+        """Write, evicting as it takes; None where no place is to be had."""
+        if file_size(piece.extent) > self._files.budget or piece.extent.size > _LARGEST_PIECE:
+            return None
+        missing = 0
+        for _ in range(_MOST_ROUNDS):
+            victims = await self._choose_victims(missing)
+            work = partial(self._files.advance, piece.key, piece.extent, piece.temporary, victims, writes)
+            step: Step | None = None
             try:
-                self._files.write(temporary, writes)
-                return self._files.commit(temporary, piece.key) if whole else None
-            except OSError:
-                self._files.discard(temporary)
-                raise
+                step = await self._run(self._writing, partial(work, whole=piece.piece.is_whole))
+            finally:
+                self._index.settle(victims, step.reservation if step else None, time.monotonic())
+            self._count("tier_evictions", len(step.reservation.removed))
+            if step.reservation.temporary is not None:
+                return step
+            missing = step.reservation.missing
+        return None
 
-        return await self._run(self._writing, write)
+    async def _choose_victims(self, missing: int) -> list[Victim]:
+        victims = self._index.choose_victims(missing)
+        if missing > 0 and not victims:  # what there is was written by others, or the count drifted
+            found = await self._run(self._writing, self._files.recount)
+            self._index.add_found(found, self._leaving, time.monotonic())
+            victims = self._index.choose_victims(missing)
+        return victims
 
     def _keep(self, piece: OpenPiece, committed: Committed) -> None:
         if committed.generation == self._generation + 1:
@@ -248,31 +266,9 @@ class NvmeTier:
         superfluous = self._index.extents.within(piece.extent)
         self._remove_soon([piece.extent] if piece.dropped else superfluous)
 
-    async def _reserve(self, extent: Extent) -> Temporary | None:
-        """A place for `extent`, evicting as it takes; None where there is none to be had."""
-        if file_size(extent) > self._files.budget or extent.size > _LARGEST_PIECE:
-            return None
-        missing = 0
-        for _ in range(_MOST_ROUNDS):
-            victims = self._index.choose_victims(missing)
-            if missing > 0 and not victims:  # all that is there was found by others, or the count drifted
-                found = await self._run(self._writing, self._files.recount)
-                self._index.add_found(found, self._leaving, time.monotonic())
-                victims = self._index.choose_victims(missing)
-            reservation = None
-            try:
-                reservation = await self._run(self._writing, partial(self._files.reserve, extent, victims))
-            finally:
-                self._index.settle(victims, reservation, time.monotonic())
-            self._count("tier_evictions", len(reservation.removed))
-            if reservation.temporary is not None:
-                return reservation.temporary
-            missing = reservation.missing
-        return None
-
     def _abandon(self, piece: OpenPiece) -> None:
         """The piece was taken out already; what it wrote is removed once nobody works on it."""
-        piece.abandoned = True
+        piece.closed = True
         if piece.temporary is not None or piece.lock.locked():
             self._spawn(self._discard(piece))
 

@@ -18,56 +18,20 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore_s3.tier.base import PAGE
-from kvstore_s3.tier.direct_io import read_fully, write_fully
+from kvstore_s3.tier.direct_io import read_fully, write_all
 from kvstore_s3.tier.extents import Extent
 from kvstore_s3.tier.nvme_directory import check_private, probe_direct
 from kvstore_s3.tier.nvme_names import header_fault, make_header, parse_name, path_of
+from kvstore_s3.tier.nvme_records import Committed, Listing, Reservation, Step, Temporary
 from kvstore_s3.tier.nvme_usage import Ledger, SharedUsage
 from kvstore_s3.tier.pieces import Write, file_position, file_size
 
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What is there: extents and when they were last asked for (ns since 1970), and whether O_DIRECT works."""
-
-    found: Mapping[Extent, int]
-    generation: int
-    direct: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Temporary:
-    """A reserved and locked file for `extent`; `file` is its descriptor."""
-
-    extent: Extent
-    path: Path
-    file: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A place for a piece, or by how many bytes the budget is exceeded, and what became of the victims."""
-
-    temporary: Temporary | None
-    missing: int
-    removed: Sequence[Extent] = ()
-    spared: Mapping[Extent, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """A piece got its name; `modified_ns` as in `Listing`."""
-
-    modified_ns: int
-    generation: int
 
 
 class NvmeFiles:
@@ -114,12 +78,11 @@ class NvmeFiles:
             if (missing := self._missing(ledger, size)) > 0:
                 return Reservation(None, missing, removed, spared)
             ledger.change(size)
-            temporary = self._create_temporary(extent, size)
-        try:
-            os.posix_fallocate(temporary.file, 0, size)
-        except OSError:
-            self.discard(temporary)
-            raise
+            try:
+                temporary = self._create_temporary(extent, size)
+            except OSError:
+                ledger.change(-size)
+                raise
         return Reservation(temporary, 0, removed, spared)
 
     def recount(self) -> dict[Extent, int]:
@@ -127,16 +90,41 @@ class NvmeFiles:
         with self._usage.locked() as ledger:
             return self._recount(ledger)
 
-    def write(self, temporary: Temporary, writes: Sequence[Write]) -> None:
-        for position, data in writes:
-            write_fully(temporary.file, position, data, direct=self.direct)
+    def advance(
+        self,
+        key: str,
+        extent: Extent,
+        temporary: Temporary | None,
+        victims: Sequence[tuple[Extent, int]],
+        writes: Sequence[Write],
+        *,
+        whole: bool,
+    ) -> Step:
+        """Reserve where there is no `temporary` yet, write, and commit where that makes the piece whole.
 
-    def commit(self, temporary: Temporary, key: str) -> Committed:
-        """Write the header and give the file its name. Closes the temporary."""
+        All in one call, for each change of threads costs more than a small system call.
+        """
+        reservation = Reservation(temporary, 0) if temporary else self.reserve(extent, victims)
+        if reservation.temporary is None:
+            return Step(reservation, None)
+        try:
+            if whole:
+                return Step(reservation, self.commit(reservation.temporary, key, writes))
+            self.write(reservation.temporary, writes)
+        except OSError:
+            self.discard(reservation.temporary)
+            raise
+        return Step(reservation, None)
+
+    def write(self, temporary: Temporary, writes: Sequence[Write]) -> None:
+        write_all(temporary.file, writes, direct=self.direct)
+
+    def commit(self, temporary: Temporary, key: str, writes: Sequence[Write]) -> Committed:
+        """Make the last writes, write the header and give the file its name. Closes the temporary."""
         extent = temporary.extent
         header = memoryview(mmap.mmap(-1, PAGE))
         header[:] = make_header(key, extent)
-        write_fully(temporary.file, 0, header, direct=self.direct)
+        self.write(temporary, [(0, header), *writes])
         target = self.root / path_of(extent)
         with self._usage.locked() as ledger:
             target.parent.mkdir(exist_ok=True, mode=0o700)
@@ -253,7 +241,7 @@ class NvmeFiles:
         file = os.open(path, flags, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(file, size)  # a count from now on sees it in full
+            os.posix_fallocate(file, 0, size)  # a count from now on sees it in full
         except OSError:
             _remove(path)
             os.close(file)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from kvstore_s3.tier.eviction import Eviction
 from kvstore_s3.tier.extents import Extent, Extents
-from kvstore_s3.tier.nvme_files import Reservation
+from kvstore_s3.tier.nvme_records import Reservation
 from kvstore_s3.tier.pieces import file_size
 
 _TOUCH_S = 10.0

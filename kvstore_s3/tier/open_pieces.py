@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from kvstore_s3.tier.extents import Extent
-from kvstore_s3.tier.nvme_files import Temporary
+from kvstore_s3.tier.nvme_records import Temporary
 from kvstore_s3.tier.pieces import Piece
 
 _MOST_IGNORED = 4096
@@ -27,7 +27,7 @@ class OpenPiece:
     touched: float
     temporary: Temporary | None = None
     ignored: bool = False
-    abandoned: bool = False
+    closed: bool = False  # whole or abandoned: whoever still waits for the lock has nothing to add
     dropped: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -47,31 +47,36 @@ class OpenPieces:
     def __len__(self) -> int:
         return len(self._written)
 
-    def find(self, key: str, extent: Extent, now: float) -> tuple[OpenPiece | None, OpenPiece | None]:
-        """The piece to offer to (None: another range begins there), and an idle one that had to make room for it."""
+    def find(self, key: str, extent: Extent, now: float) -> OpenPiece | None:
+        """The piece to offer to; None where another range begins there."""
         name = (extent.name, extent.start)
         found = self._written.get(name) or self._ignored.get(name)
-        if found is not None:
-            found.touched = now
-            return (found if found.extent == extent else None), None
-        made = OpenPiece(key, Piece(extent), now)
-        idle = self._pop_idle(now) if len(self._written) >= self._most else None
-        self._written[name] = made
-        if len(self._written) > self._most:
-            self.ignore(made)
-        return made, idle
+        if found is None:
+            found = OpenPiece(key, Piece(extent), now)
+            self._written[name] = found
+            if len(self._written) > self._most:
+                self.ignore(found)
+        found.touched = now
+        if name in self._written:
+            self._written.move_to_end(name)
+        return found if found.extent == extent else None
 
     def ignore(self, piece: OpenPiece) -> None:
         """From now on only its bytes are counted."""
-        name = (piece.extent.name, piece.extent.start)
         piece.ignored = True
-        if self._written.pop(name, None) is not None:
-            self._ignored[name] = piece
+        if self.remove(piece):
+            self._ignored[piece.extent.name, piece.extent.start] = piece
         while len(self._ignored) > _MOST_IGNORED:
             self._ignored.popitem(last=False)
 
-    def remove(self, piece: OpenPiece) -> None:
-        self.pop(piece.extent.name, piece.extent.start)
+    def remove(self, piece: OpenPiece) -> bool:
+        """Take out this very piece; False where it was taken out before, even if a new one is in its place."""
+        name = (piece.extent.name, piece.extent.start)
+        for pieces in (self._written, self._ignored):
+            if pieces.get(name) is piece:
+                del pieces[name]
+                return True
+        return False
 
     def pop(self, name: str, start: int) -> OpenPiece | None:
         return self._written.pop((name, start), None) or self._ignored.pop((name, start), None)
@@ -81,8 +86,9 @@ class OpenPieces:
         chosen = [each for each in (*self._written, *self._ignored) if name is None or each[0] == name]
         return [piece for each in chosen if (piece := self.pop(*each)) is not None]
 
-    def _pop_idle(self, now: float) -> OpenPiece | None:
-        oldest = min(self._written.values(), key=lambda piece: piece.touched)
-        if now - oldest.touched < _IDLE_S:
-            return None
-        return self.pop(oldest.extent.name, oldest.extent.start)
+    def pop_idle(self, now: float) -> list[OpenPiece]:
+        """Take out the pieces that nobody offered to for a minute: their loads ended without a word."""
+        idle = []
+        while self._written and now - next(iter(self._written.values())).touched >= _IDLE_S:
+            idle.append(self._written.popitem(last=False)[1])
+        return idle

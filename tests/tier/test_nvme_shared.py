@@ -1,0 +1,138 @@
+"""One directory and one budget for several tiers, as several processes have them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tier.disk import check_nothing_leaked, content, keep, pieces_in, read, used_in
+
+from kvstore_s3.tier import nvme
+from kvstore_s3.tier.base import PAGE
+from kvstore_s3.tier.nvme import NvmeTier
+from kvstore_s3.tier.nvme_usage import SharedUsage
+
+BUDGET = 64 * PAGE
+TESTS = Path(__file__).resolve().parent.parent
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from tier.disk import keep, read
+from kvstore_s3.tier.nvme import NvmeTier
+
+async def main(directory, budget, name):
+    tier = NvmeTier(Path(directory), int(budget), 2)
+    await tier.start()
+    for number in range(40):
+        key = f"{name}{number % 25}" if number % 2 else f"shared{number % 10}"
+        await keep(tier, key, 0, 3 * 4096)
+        found = await read(tier, key, 0, 3 * 4096)
+        assert found is None or found == __import__("tier.disk").disk.content(key, 0, 3 * 4096)
+    await tier.close()
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def test_processes_that_write_at_once_stay_within_the_budget_together(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    writers = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WRITER, str(tmp_path), str(BUDGET), name, env=environment
+        )
+        for name in ("a", "b", "c")
+    ]
+    assert [await writer.wait() for writer in writers] == [0, 0, 0]
+    check_nothing_leaked(tmp_path, BUDGET)
+    assert used_in(tmp_path) == BUDGET
+
+
+async def test_a_tier_finds_what_another_process_wrote_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvme, "_NEWS_S", 0.0)
+    first, second = NvmeTier(tmp_path, BUDGET, 1), NvmeTier(tmp_path, BUDGET, 1)
+    await first.start()
+    await second.start()
+    await keep(first, "a", 0, 5000)
+    assert not second.covers("a", 0, 5000), "it does not know yet, and starts to look"
+    await second.settle()
+    assert second.covers("a", 0, 5000)
+    assert await read(second, "a", 0, 5000) == content("a", 0, 5000)
+    await first.close()
+    await second.close()
+
+
+async def test_a_piece_that_another_process_evicted_is_a_miss_and_forgotten(tmp_path: Path) -> None:
+    first = NvmeTier(tmp_path, BUDGET, 1)
+    await keep(first, "a", 0, 5000)
+    second = NvmeTier(tmp_path, BUDGET, 1)
+    await second.start()
+    second.drop("a")
+    await second.settle()
+    assert await read(first, "a", 0, 5000) is None
+    assert not first.covers("a", 0, 5000)
+    assert await keep(first, "a", 0, 5000)
+    await first.close()
+    await second.close()
+
+
+async def test_a_piece_that_another_process_uses_is_spared(tmp_path: Path) -> None:
+    evicting, using = NvmeTier(tmp_path, BUDGET, 1), NvmeTier(tmp_path, BUDGET, 1)
+    await keep(evicting, "used", 0, 3 * PAGE)
+    await using.start()
+    for number in range(15):
+        await keep(evicting, f"k{number}", 0, 3 * PAGE)
+    assert await read(using, "used", 0, 3 * PAGE) is not None
+    await keep(evicting, "new", 0, 3 * PAGE)
+    assert evicting.covers("used", 0, 3 * PAGE)
+    assert not evicting.covers("k0", 0, 3 * PAGE)
+    await evicting.close()
+    await using.close()
+
+
+async def test_a_tier_evicts_what_others_wrote_when_it_has_nothing_of_its_own(tmp_path: Path) -> None:
+    idle, busy = NvmeTier(tmp_path, BUDGET, 1), NvmeTier(tmp_path, BUDGET, 1)
+    await idle.start()
+    for number in range(16):
+        assert await keep(busy, f"k{number}", 0, 3 * PAGE)
+    assert await keep(idle, "a", 0, 3 * PAGE)
+    await idle.close()
+    await busy.close()
+    check_nothing_leaked(tmp_path, BUDGET)
+
+
+async def test_two_that_write_the_same_piece_leave_one_file_and_count_it_once(tmp_path: Path) -> None:
+    tiers = [NvmeTier(tmp_path, BUDGET, 1) for _ in range(2)]
+    for tier in tiers:
+        await tier.start()
+    assert await asyncio.gather(*(keep(tier, "a", 100, 9000) for tier in tiers)) == [True, True]
+    for tier in tiers:
+        assert await read(tier, "a", 100, 9000) == content("a", 100, 9000)
+        await tier.close()
+    assert len(pieces_in(tmp_path)) == 1
+    check_nothing_leaked(tmp_path, BUDGET)
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", bytes(32), b"\xff" * 100])
+async def test_a_damaged_count_is_made_afresh(tmp_path: Path, damage: bytes) -> None:
+    tier = NvmeTier(tmp_path, BUDGET, 1)
+    await keep(tier, "a", 0, 5000)
+    (tmp_path / "v1" / "usage").write_bytes(damage)
+    await keep(tier, "b", 0, 5000)
+    await tier.close()
+    check_nothing_leaked(tmp_path, BUDGET)
+
+
+async def test_a_count_that_drifted_upwards_does_not_shut_the_tier(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path, BUDGET, 1)
+    await tier.start()
+    with SharedUsage(tmp_path / "v1" / "usage").locked() as ledger:
+        ledger.change(BUDGET)
+    assert await keep(tier, "a", 0, 5000)
+    await tier.close()
+    check_nothing_leaked(tmp_path, BUDGET)
