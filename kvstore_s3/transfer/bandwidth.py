@@ -24,10 +24,10 @@ _DELAY_LIFETIME_S = 60.0
 class Bandwidth:
     """Rate and base delay of the link, from finished reads.
 
-    A sample is bytes over the time in which at least one read was past the base delay: idle times do not count, and one
-    read alone shows the same link as many at once. Reads that are still under way at its end are taken as half done,
-    and the next sample is charged with that half. Samples are averaged with weights that fade by time of transfer, so
-    that a collapse is believed as soon as it was seen to last.
+    A sample is bytes over the time in which reads were under way: idle times do not count, nor does the base delay
+    after one, so that a read alone shows the same link as many in a row. Reads that are still under way at its end are
+    taken as half done, and the next sample is charged with that half. Samples are averaged with weights that fade by
+    time of transfer, so that a collapse is believed as soon as it was seen to last.
     """
 
     def __init__(self) -> None:
@@ -95,16 +95,24 @@ class Bandwidth:
         return others == 0 and mean < 2 * self.latency_s
 
     def _busy_seconds(self) -> float:
-        """Seconds since the last sample in which a read was past the base delay."""
-        delay = self.latency_s
-        spans = sorted(
-            (max(self._since, min(started + delay, (started + ended) / 2)), ended) for _, started, ended in self._reads
-        )
-        busy, covered = 0.0, -math.inf
-        for begin, end in spans:
-            busy += max(0.0, end - max(begin, covered))
-            covered = max(covered, end)
-        return busy
+        """Seconds since the last sample with reads under way, less the base delay where they began after an idle time.
+
+        Only there: when reads follow each other, their delays are a part of the pace that can be had.
+        """
+        busy, begin, covered = 0.0, math.inf, -math.inf
+        for started, ended in sorted((started, ended) for _, started, ended in self._reads):
+            if started > covered:
+                busy += self._less_delay(begin, covered)
+                begin = started
+            covered = max(covered, ended)
+        return busy + self._less_delay(begin, covered)
+
+    def _less_delay(self, begin: float, end: float) -> float:
+        if end <= self._since or begin > end:
+            return 0.0
+        if begin <= self._since:
+            return end - self._since
+        return max(end - begin - self.latency_s, (end - begin) / 2)
 
 
 class RecentLeast:

@@ -108,15 +108,15 @@ class Prefetcher:
             slab.drop()
 
     async def _read_request(self, fetch: _Fetch, request: Request, target: Target) -> None:
-        async with self._window.slot(fetch.urgency, target.size):
+        async with self._window.slot(fetch.urgency, target.size) as turn:
             try:
                 began = await self._reads.read(fetch.key, request.start, target)
             except StoreBusyError:
                 self._window.slow_down()
                 raise
-            ended, in_flight = monotonic(), self._window.in_flight
-            self._bandwidth.observe(target.size, began, ended, in_flight)
-            self._window.observe(target.size, began, ended, in_flight)
+            ended = monotonic()
+            self._bandwidth.observe(target.size, began, ended, self._window.in_flight)
+            turn.succeed(ended - began, ended)
 
 
 @dataclass(frozen=True, slots=True)
