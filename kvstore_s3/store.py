@@ -34,7 +34,8 @@ from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
 from kvstore_s3.reader import Reader
 from kvstore_s3.section_index import SectionTable
-from kvstore_s3.streaming import Link, Pace, Stream
+from kvstore_s3.shared_link import SharedLink
+from kvstore_s3.streaming import Pace, Stream
 from kvstore_s3.tiers import Tiers
 from kvstore_s3.transfer.bandwidth import Bandwidth
 from kvstore_s3.transfer.buffers import SlabPool
@@ -86,7 +87,7 @@ class KVStore:
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-codec")
         self._tiers = Tiers.open(settings, counters.add)
         self._slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
-        self._link = Link(Bandwidth())
+        self._link = SharedLink(Bandwidth())
         self._prefetcher = Prefetcher(
             self._read_range,
             self._slabs,
@@ -329,7 +330,8 @@ class KVStore:
         return UploadJob(encode, kv.nbytes, put, size=lambda encoded: len(encoded[0]))
 
     async def _read_range(self, key: str, start: int, into: memoryview) -> None:
-        await self.objects.get_range(key, start, into)
+        with self._link.reading(len(into)):
+            await self.objects.get_range(key, start, into)
 
     async def _describe_namespace(self) -> None:
         """Put the namespace's JSON beside the data, once, for people."""

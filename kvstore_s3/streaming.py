@@ -18,8 +18,8 @@ from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.planner import ChunkCost, Plan, PrefillSpeed, Replanner, plan
 from kvstore_s3.quality import find_quality
 from kvstore_s3.reader import Reader
-from kvstore_s3.transfer.bandwidth import Bandwidth
-from kvstore_s3.transfer.link import bytes_ahead, urgency
+from kvstore_s3.shared_link import SharedLink
+from kvstore_s3.transfer.link import urgency
 from kvstore_s3.transfer.ranges import Band, count_levels
 
 _BANDS_AHEAD = 1
@@ -55,20 +55,6 @@ class Group:
     task: asyncio.Task[None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What the loads of one store share: the estimate of the link, and how urgent and how large each of them is."""
-
-    bandwidth: Bandwidth
-    loads: dict[int, tuple[float, int]] = field(default_factory=dict)
-
-    def wait_s(self, load: int, mine: float) -> float:
-        """Seconds until a load of urgency `mine` gets its first byte."""
-        ahead = bytes_ahead(mine, (entry for number, entry in self.loads.items() if number != load))
-        rate = self.bandwidth.bytes_per_s
-        return self.bandwidth.latency_s + (ahead / rate if rate else 0.0)
-
-
 class Stream:
     """Reads chunks band by band. `chunks` learn their headers; the first `good` of them are what the load gives.
 
@@ -79,7 +65,7 @@ class Stream:
     def __init__(
         self,
         reader: Reader,
-        link: Link,
+        link: SharedLink,
         chunks: Sequence[StoredChunk],
         bands: Sequence[Band],
         *,
@@ -195,10 +181,11 @@ class Stream:
                     job.cancel()
 
     def _urgency(self, band: Band) -> float:
+        """Of a read of `band`; notes what the load is to the others."""
         pace, first_layer = self._pace, self._bands[0].layer_begin
         left = sum(cost.bytes(levels) for cost, levels in zip(self._costs(), self.levels, strict=False))
         needed_at = self._begun + (band.layer_begin - first_layer) * (pace.seconds_per_layer if pace else 0.0)
-        mine = urgency(needed_at=needed_at, remaining_bytes=left, bandwidth=self._link.bandwidth.bytes_per_s)
+        mine = urgency(needed_at=needed_at, remaining_bytes=left, bandwidth=self._link.bytes_per_s())
         self._link.loads[id(self)] = (mine, left)
         return mine
 
@@ -232,8 +219,8 @@ class Stream:
         lowest = min(self._lowest, highest)
         first = plan(
             self._costs(),
-            bandwidth=self._link.bandwidth.bytes_per_s,
-            latency_s=self._link.wait_s(id(self), self._begun),
+            bandwidth=self._link.bytes_per_s(),
+            latency_s=self._wait_s(),
             prefill=pace.prefill,
             chunk_tokens=tokens,
             first_token=first_token,
@@ -256,10 +243,15 @@ class Stream:
     def _revise(self, replanner: Replanner, now: float) -> Plan:
         return replanner.revise(
             self._costs(),
-            bandwidth=self._link.bandwidth.bytes_per_s,
+            bandwidth=self._link.bytes_per_s(),
             elapsed_s=now - self._begun,
-            latency_s=self._link.bandwidth.latency_s,
+            latency_s=self._wait_s(),
         )
+
+    def _wait_s(self) -> float:
+        """Seconds until the next band of this load gets its first byte."""
+        band = self._groups[0].band if self._groups else self._bands[min(self._next_band, len(self._bands) - 1)]
+        return self._link.wait_s(id(self), self._urgency(band))
 
 
 def _level_bytes(table: SectionTable, levels: int) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ LAYERS = {
     "lookup": 4,
     "reader": 4,
     "runtime": 4,
+    "shared_link": 4,
     "store": 4,
     "streaming": 4,
     "tiers": 4,

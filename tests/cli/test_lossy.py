@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,9 +106,9 @@ def test_a_warm_builds_on_the_best_that_is_stored_whatever_its_profile_reads(
     read: list[str] = []
     real = KVStore.load
 
-    async def load(self: KVStore, hit: Hit) -> torch.Tensor:
+    async def load(self: KVStore, hit: Hit, **given: Any) -> torch.Tensor:
         read.extend(hit.qualities)
-        return await real(self, hit)
+        return await real(self, hit, **given)
 
     monkeypatch.setattr(KVStore, "load", load)
     ran = warm(tmp_path / "whole.txt", "--profile", "small", "--json")
