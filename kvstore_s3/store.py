@@ -128,7 +128,7 @@ class KVStore:
         """
         settings = settings or load_settings()
         counters = Counters()
-        objects = GuardedStore(open_store(url, settings), settings, counters.add)
+        objects = GuardedStore(open_store(url, settings, counters.add), settings, counters.add)
         return cls(objects, namespace, settings, probe=probe, counters=counters)
 
     async def __aenter__(self) -> Self:
