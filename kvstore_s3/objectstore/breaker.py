@@ -50,6 +50,11 @@ class Breaker:
     def closed(self) -> bool:
         return self._closed
 
+    @property
+    def trying(self) -> bool:
+        """Whether the one trial is under way."""
+        return self._trying
+
     def passes(self, now: float) -> bool:
         """Whether `admit` would let a request through."""
         return self._closed or (now >= self.retry_at and not self._trying)

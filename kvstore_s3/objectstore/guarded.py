@@ -3,6 +3,8 @@
 Two breakers. One for the store as a whole, which failing reads open; a probe in the background closes it again, so that
 no request has to find out. One for writes alone, which a store that says "slow down" opens at the first time, and
 failing writes open at the limit (a full disk, credentials that may only read); it is closed by a write that succeeds.
+Writes that come while that one is under way wait for its outcome: a save writes many objects at once, and the second
+would else fail the save and cancel the first.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class GuardedStore:
         )
         self._patience_s = settings.connect_timeout_s
         self._busy = False
+        self._trial_ended = asyncio.Event()
         self._healing: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -85,7 +88,7 @@ class GuardedStore:
     async def put(
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
     ) -> bool:
-        with self._writing():
+        with self._writing(await self._admit_write()):
             return await self.inner.put(key, data, metadata=metadata, replace=replace)
 
     async def head(self, key: str) -> ObjectInfo | None:
@@ -102,7 +105,7 @@ class GuardedStore:
                 yield info
 
     async def delete(self, key: str) -> None:
-        with self._writing():
+        with self._writing(await self._admit_write()):
             await self.inner.delete(key)
 
     async def close(self) -> None:
@@ -130,9 +133,9 @@ class GuardedStore:
         self._answered(ticket)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, write: Ticket) -> Iterator[None]:
         """Around a request that writes. A failure of it is no proof that reads fail too."""
-        ticket, write, begun = self._admit(), self._admit_write(), self._clock()
+        ticket, begun = self._whole.admit_probe(), self._clock()
         try:
             yield
         except _FAILURES as error:
@@ -148,7 +151,11 @@ class GuardedStore:
         except BaseException:  # refused before it was made
             self._writes.release(write)
             raise
-        self._written(ticket, write)
+        else:
+            self._written(ticket, write)
+        finally:
+            if write.trial:
+                self._trial_ended.set()
 
     def _admit(self) -> Ticket:
         ticket = self._whole.admit_probe()
@@ -158,12 +165,17 @@ class GuardedStore:
         self._count("breaker_rejected", 1)
         raise StoreUnavailableError(self._explain(self._whole, "is not asked at the moment"))
 
-    def _admit_write(self) -> Ticket:
-        if self._closed:
-            return self._writes.admit_probe()
-        ticket = self._writes.admit(self._clock())
-        if ticket is not None:
-            return ticket
+    async def _admit_write(self) -> Ticket:
+        while True:
+            self._admit()
+            ticket = self._writes.admit_probe() if self._closed else self._writes.admit(self._clock())
+            if ticket is not None:
+                if ticket.trial:
+                    self._trial_ended.clear()
+                return ticket
+            if not self._writes.trying:
+                break
+            await self._trial_ended.wait()
         self._count("writes_shed", 1)
         kind = StoreBusyError if self._busy else StoreUnavailableError
         raise kind(self._explain(self._writes, "is not written to at the moment"))

@@ -246,12 +246,10 @@ async def test_one_write_tries_after_the_pause_and_opens_the_way(rig: Rig, caplo
     await rig.fail_writes(BUSY, times=1)
     rig.now = 0.02
     assert rig.store.writable
-    trial = asyncio.create_task(rig.store.put(KEY, b"x"))
-    await asyncio.sleep(0)
-    with pytest.raises(StoreBusyError):
-        await rig.store.put("another", b"x")
-    with pytest.raises(StoreBusyError):
-        await trial
+    asked = rig.inner.requests
+    outcomes = await asyncio.gather(*(rig.store.put(KEY, b"x") for _ in range(5)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == 5 * [StoreBusyError]
+    assert rig.inner.requests == asked + 1
     assert not rig.store.writable
     rig.now += 0.03
     assert not rig.store.writable, "the second pause is twice the first"
@@ -303,6 +301,41 @@ async def test_a_cancellation_is_no_failure(rig: Rig) -> None:
     assert await rig.store.head(KEY) is None
     assert rig.store.writable
     assert not rig.inner.probed.is_set()
+
+
+async def test_writes_that_come_together_after_the_pause_succeed_together(rig: Rig) -> None:
+    await rig.fail_writes(BUSY, times=1)
+    rig.now, rig.inner.writes = 1.0, None
+    assert await asyncio.gather(*(rig.store.put(f"key-{number}", b"x") for number in range(5))) == 5 * [True]
+    assert rig.counters.snapshot() == {}
+
+
+async def test_a_cancelled_trial_makes_room_for_the_next_that_waits(rig: Rig) -> None:
+    await rig.fail_writes(BUSY, times=1)
+    rig.now = 1.0
+    rig.inner.hangs, rig.inner.writes = True, None
+    trial, *waiting = (asyncio.create_task(rig.store.put(f"key-{number}", b"x")) for number in range(4))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    asked = rig.inner.requests
+    trial.cancel()
+    waiting[0].cancel()
+    rig.inner.hangs = False
+    assert await asyncio.gather(*waiting[1:]) == [True, True]
+    assert rig.inner.requests == asked + 2
+
+
+async def test_a_store_that_dies_while_writes_wait_fails_them(rig: Rig) -> None:
+    await rig.fail_writes(BUSY, times=1)
+    rig.now = 1.0
+    rig.inner.hangs, rig.inner.writes = True, None
+    trial, waiting = (asyncio.create_task(rig.store.put(f"key-{number}", b"x")) for number in range(2))
+    await asyncio.sleep(0)
+    rig.inner.hangs, rig.inner.probes = False, DOWN
+    await rig.fail_reads(DOWN)
+    trial.cancel()
+    with pytest.raises(StoreUnavailableError, match="not asked at the moment"):
+        await waiting
 
 
 async def test_a_cancelled_trial_does_not_keep_writes_shut(rig: Rig) -> None:
