@@ -12,6 +12,9 @@ ENOUGH = 20
 
 _REMEMBERED = 256
 _LATE_QUANTILE = 0.99
+_REFRESH = 16
+"""Reads after which the limit is drawn anew."""
+
 _MOST_SAVED = 4.0
 """Hedges that may be saved up in quiet times."""
 
@@ -22,7 +25,7 @@ class HedgePolicy:
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
         self._saved = 1.0 if ratio > 0 else 0.0
-        self._recent: dict[int, deque[tuple[int, float]]] = {}
+        self._known: dict[int, _Times] = {}  # class of sizes -> its reads
 
     @property
     def allows(self) -> bool:
@@ -36,7 +39,7 @@ class HedgePolicy:
     def observe(self, size: int, seconds: float) -> None:
         """A read of `size` bytes had its answer, the first or the second, `seconds` after it was first asked for."""
         self._saved = min(_MOST_SAVED, self._saved + self._ratio)
-        self._recent.setdefault(_size_class(size), deque(maxlen=_REMEMBERED)).append((size, seconds))
+        self._known.setdefault(_size_class(size), _Times()).add(size, seconds)
 
     def late_after(self, size: int) -> float | None:
         """Seconds after which a read of `size` bytes is late; None: too little is known, or nothing is hedged.
@@ -47,12 +50,39 @@ class HedgePolicy:
         if self._ratio <= 0:
             return None
         here = _size_class(size)
-        known = sorted(of for of, recent in self._recent.items() if len(recent) >= ENOUGH)
-        if not known:
-            return None
-        nearest = next((of for of in known if of >= here), known[-1])
-        times = sorted(seconds * max(1.0, size / of_size) for of_size, seconds in self._recent[nearest])
-        return max(FLOOR_S, times[min(len(times) - 1, int(len(times) * _LATE_QUANTILE))])
+        times = self._known.get(here)
+        if times is None or times.count < ENOUGH:
+            known = sorted(of for of, times in self._known.items() if times.count >= ENOUGH)
+            if not known:
+                return None
+            times = self._known[next((of for of in known if of > here), known[-1])]
+        return max(FLOOR_S, times.late_after(size))
+
+
+class _Times:
+    """Sizes and seconds of recent reads of one class of sizes."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+        self._told = 0
+        self._late: tuple[int, float] = (1, 0.0)  # the late one of `_recent`
+        self._late_as_of = -_REFRESH
+
+    @property
+    def count(self) -> int:
+        return len(self._recent)
+
+    def add(self, size: int, seconds: float) -> None:
+        self._recent.append((size, seconds))
+        self._told += 1
+
+    def late_after(self, size: int) -> float:
+        if self._told - self._late_as_of >= _REFRESH:
+            ordered = sorted(self._recent, key=lambda read: read[1])
+            self._late = ordered[min(len(ordered) - 1, int(len(ordered) * _LATE_QUANTILE))]
+            self._late_as_of = self._told
+        late_size, seconds = self._late
+        return seconds * max(1.0, size / late_size)
 
 
 def _size_class(size: int) -> int:
