@@ -34,7 +34,7 @@ class Eviction(Generic[Name]):
     Visits less than `one_visit_s` seconds apart count once: one load reads an entry in several pieces.
     """
 
-    def __init__(self, capacity: int, *, small_share: float = 0.1, one_visit_s: float = 1.0) -> None:
+    def __init__(self, capacity: int, *, small_share: float = 0.2, one_visit_s: float = 1.0) -> None:
         self._small_bytes_wanted = capacity * small_share
         self._ghost_bytes_wanted = capacity
         self._one_visit_s = one_visit_s

@@ -127,10 +127,14 @@ class NvmeFiles:
         self.write(temporary, [(0, header), *writes])
         target = self.root / path_of(extent)
         with self._usage.locked() as ledger:
-            target.parent.mkdir(exist_ok=True, mode=0o700)
-            if _remove(target):  # another process was as fast
+            was_there = _modified_ns(target) is not None  # another process was as fast
+            try:
+                os.rename(temporary.path, target)
+            except FileNotFoundError:
+                target.parent.mkdir(exist_ok=True, mode=0o700)
+                os.rename(temporary.path, target)
+            if was_there:
                 ledger.change(-file_size(extent))
-            os.rename(temporary.path, target)
             committed = Committed(os.fstat(temporary.file).st_mtime_ns, ledger.announce())
         os.close(temporary.file)
         return committed

@@ -41,7 +41,7 @@ def test_a_name_that_comes_back_soon_after_its_eviction_stays_longer() -> None:
     policy: Eviction[int] = Eviction(1000)
     policy.add(0, 100)
     assert policy.evict() == 0
-    for name in (0, 1, 2):
+    for name in (0, 1, 2, 3):
         policy.add(name, 100)
     assert policy.evict() == 1
     assert 0 in policy
@@ -67,8 +67,8 @@ def test_a_busy_entry_is_never_evicted() -> None:
 
 def test_an_entry_that_was_found_at_the_start_is_not_on_trial() -> None:
     policy: Eviction[int] = Eviction(1000)
-    policy.add(0, 800, proven=True)
-    policy.add(1, 200)
+    policy.add(0, 700, proven=True)
+    policy.add(1, 300)
     assert policy.evict() == 1
 
 
