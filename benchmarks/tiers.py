@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,9 @@ async def _prepare(verb: str, name: str, tier: NvmeTier, plain: Path, pieces: in
             tier.drop(f"bench/{number}")
         await tier.settle()
     elif verb == "write":
-        for path in plain.iterdir():
-            path.unlink()
+        for number in range(pieces):
+            with suppress(FileNotFoundError):
+                os.unlink(plain / str(number))
     else:
         for number in range(pieces):
             _forget(plain / str(number))
