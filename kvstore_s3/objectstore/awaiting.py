@@ -28,4 +28,7 @@ async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | N
         return future.result()
     if not future.cancelled():
         future.exception()  # marks it as seen: the cancellation counts for more
-    raise cancellation
+    try:
+        raise cancellation
+    finally:
+        del cancellation  # it refers to this frame: the cycle would keep the caller's buffers until the next collection

@@ -79,6 +79,7 @@ class DirectPlane:
         self._readers = _Threads(2 * settings.download_concurrency, "kvstore-s3-read")
         self._writers = _Threads(settings.upload_concurrency, "kvstore-s3-write")
         self._signer: Signer | None = None
+        self._asks_first = True
 
     async def perform(self, call: Call, credentials: Credentials) -> Answer:
         """Make one attempt. Raises AnswerError, ChangedWhileReadError, DamagedObjectError, UnfitAnswerError, OSError.
@@ -88,10 +89,7 @@ class DirectPlane:
         try:
             match call.operation:
                 case "head_object":
-                    head = await self._heads.ask(self._sign("HEAD", call, credentials))
-                    if head.status != 200:
-                        raise AnswerError(head, b"")
-                    return _describe(head)
+                    return await self._head(call, credentials)
                 case "get_object":
                     return await self._get(call, credentials)
                 case _:
@@ -106,6 +104,14 @@ class DirectPlane:
         self._heads.close()
         self._readers.close()
         self._writers.close()
+
+    async def _head(self, call: Call, credentials: Credentials) -> Answer:
+        head = await self._heads.ask(self._sign("HEAD", call, credentials))
+        if head.status != 200:
+            raise AnswerError(head, b"")
+        if head.length is None:
+            raise UnfitAnswerError("it does not tell the size of the object")
+        return _describe(head)
 
     async def _get(self, call: Call, credentials: Credentials) -> Answer:
         download = call.download
@@ -144,14 +150,20 @@ class DirectPlane:
             headers |= {_META + name: value for name, value in metadata.items()}
         if "IfNoneMatch" in arguments:
             headers["if-none-match"] = str(arguments["IfNoneMatch"])
-            ask_first = len(body) >= _ASK_FIRST_BYTES
+            ask_first = len(body) >= _ASK_FIRST_BYTES and self._asks_first
         if "ChecksumCRC32C" in arguments:
             headers["x-amz-checksum-crc32c"] = str(arguments["ChecksumCRC32C"])
         if ask_first:
             headers["expect"] = "100-continue"
         request = self._sign("PUT", call, credentials, headers=headers, query=query)
         work = partial(_send, request, body, self._limits, ask_first)
-        return _describe(await self._run(self._writers, work))
+        try:
+            return _describe(await self._run(self._writers, work))
+        except AnswerError as error:
+            if error.status != 417 or not ask_first:
+                raise
+            self._asks_first = False  # this server does not know "Expect: 100-continue"
+        return await self._put(call, credentials)
 
     async def _run(self, threads: _Threads, work: Callable[[Wire], T]) -> T:
         async with threads.slots:
@@ -219,11 +231,9 @@ def _describe(head: Head) -> Answer:
     """What callers look at in the answer, by the names that the AWS client has for it."""
     headers = head.headers
     answer: dict[str, object] = {
+        "ContentLength": head.length or 0,
         "Metadata": {name[len(_META) :]: value for name, value in headers.items() if name.startswith(_META)},
     }
-    if head.length is None and head.status == 200 and "etag" not in headers:
-        raise UnfitAnswerError("it has neither a length nor an ETag")
-    answer["ContentLength"] = head.length or 0
     for name, header in (("ETag", "etag"), ("ChecksumCRC32C", "x-amz-checksum-crc32c")):
         if header in headers:
             answer[name] = headers[header]

@@ -75,7 +75,7 @@ class PlainWire:
 
     def __init__(self, sock: socket.socket, window_s: float) -> None:
         sock.settimeout(None)
-        patience = struct.pack("ll", int(window_s), int(window_s % 1 * 1e6))
+        patience = struct.pack("ll", int(window_s), max(1, int(window_s % 1 * 1e6)))  # 0 would be for ever
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
         self._sock = sock

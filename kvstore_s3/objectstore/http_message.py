@@ -13,6 +13,7 @@ _STATUS = re.compile(r"HTTP/1\.([01]) ([1-5]\d\d)(?: |$)", re.ASCII)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)
 _CODE = re.compile(rb"<Code>([A-Za-z0-9.]{1,64})</Code>")
 _REGION = re.compile(rb"<Region>([a-z0-9-]{1,64})</Region>")
+_REGION_NAME = re.compile(r"[a-z0-9-]{1,64}", re.ASCII)
 _ONCE = frozenset({"content-length", "content-range", "transfer-encoding"})
 
 
@@ -116,7 +117,8 @@ def error_region(head: Head, body: bytes) -> str:
     """The region that the server says the bucket lies in, or ""."""
     named = head.headers.get("x-amz-bucket-region", "")
     found = _REGION.search(body, 0, MAX_ERROR_BYTES)
-    return named or (found[1].decode() if found else "")
+    region = named or (found[1].decode() if found else "")
+    return region if _REGION_NAME.fullmatch(region) else ""
 
 
 def retry_after_s(headers: dict[str, str]) -> float:

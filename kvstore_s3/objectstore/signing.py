@@ -40,7 +40,7 @@ class Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
         self._authority = authority
         self._day = ""
         self._key = b""
-        self._second = 0
+        self._second = -1
         self._stamp = _Stamp({"timestamp": ""})
 
     def sign(self, method: str, target: str, headers: Mapping[str, str], *, now: float | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""s3:// passes the suite on moto (always), on a real MinIO and on versitygw (`make test-servers`)."""
+"""s3:// passes the suite by either data plane: on moto (always), MinIO and versitygw (`make test-servers`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ from kvstore_s3.errors import StoreRefusedError, StoreUnavailableError
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.objectstore.s3 import S3Store
+
+
+@pytest.fixture(params=["direct", "aiobotocore"], autouse=True)
+def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way for the bytes in turn."""
+    monkeypatch.setenv("KVSTORE_S3_DATA_PLANE", request.param)
+    return str(request.param)
 
 
 @pytest.fixture(
@@ -53,6 +60,11 @@ def uploads_under_way(server: LocalServer, store: ObjectStore, key: str) -> list
 def atomic(server: LocalServer) -> None:
     if server.name == "moto":
         pytest.skip("moto looks before it writes, not while it does, and ignores If-None-Match on Complete")
+
+
+async def test_the_bytes_go_the_way_that_was_asked_for(server: LocalServer, store: S3Store, plane: str) -> None:
+    await store.put(KEY, b"some bytes")
+    assert (store._client._plane is not None) == (plane == "direct")
 
 
 class TestS3Store(ObjectStoreSuite):

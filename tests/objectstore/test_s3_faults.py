@@ -28,6 +28,12 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
 
 
+@pytest.fixture(params=["direct", "aiobotocore"], autouse=True)
+def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way for the bytes in turn."""
+    monkeypatch.setenv("KVSTORE_S3_DATA_PLANE", request.param)
+
+
 @asynccontextmanager
 async def opened(
     *answers: bytes, script: Callable[[Request], bytes] | None = None, patience_s: float = 2.0
