@@ -99,6 +99,8 @@ def address_of(block: memoryview) -> int:
 
 
 def _map(size: int) -> mmap.mmap:
+    # Pages of the usual size: once they are there, huge ones (MADV_HUGEPAGE) receive no faster, and the first bytes
+    # into each wait for 2 MiB to be cleared.
     try:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:

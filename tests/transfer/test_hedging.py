@@ -26,8 +26,13 @@ def test_nothing_is_late_before_enough_is_known() -> None:
 
 
 def test_late_is_what_takes_longer_than_99_of_100() -> None:
-    policy = policy_of([0.1] * 197 + [0.3, 0.5, 2.0])
-    assert policy.late_after(MB) == 0.5
+    policy = policy_of([0.1] * 197 + [0.12, 0.15, 2.0])
+    assert policy.late_after(MB) == 0.15
+
+
+def test_where_many_hang_late_is_twice_what_is_usual() -> None:
+    policy = policy_of([0.1] * 190 + [5.0] * 10)
+    assert policy.late_after(MB) == pytest.approx(0.2)
 
 
 def test_nothing_is_late_before_the_floor() -> None:

@@ -472,3 +472,30 @@ def test_any_ranges_come_back_right_whatever_is_near_late_or_cut(
         assert all(size <= max_bytes for _, _, size in source.asked)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+@pytest.mark.parametrize("late", [True, False])
+async def test_a_cancellation_at_any_step_leaves_nothing_behind(rig: MakeRig, late: bool) -> None:
+    for steps in range(60):
+        source = Source(*(Answer() for _ in range(3)))
+        for answer in source.answers[1:]:
+            answer.go.set()
+        made = rig(source, hedge=Late(1.0 if late else 0.0), max_bytes=3000)
+        if not late:
+            source.answers[0].go.set()
+
+        async def fetch(made: Rig = made) -> None:
+            async with made.prefetcher.fetch_ranges("k", [(0, 5000), (6000, 7000)]):
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(fetch())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        finished = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert source.writing == [], "nothing writes after the fetch has ended"
+        assert (made.window.in_flight, made.window.waiting, made.pool.waiting) == (0, 0, 0)
+        await made.prefetcher.close()
+        assert made.pool.leased == 0
+    assert finished, "the last one was not cancelled"
