@@ -106,7 +106,7 @@ def _read_straight(file: int, position: int, into: memoryview) -> None:
     tail = (len(into) - head) % PAGE
     inner = into[head : len(into) - tail]
     first, last = _scratch.memory[:PAGE], _scratch.memory[PAGE : 2 * PAGE]
-    buffers = [*([first] if head else []), inner, *([last] if tail else [])]
+    buffers = [*([first] if head else []), *([inner] if inner else []), *([last] if tail else [])]
     _read_pages(file, page_down(position), buffers)
     into[:head] = first[PAGE - head :] if head else b""
     into[len(into) - tail :] = last[:tail]

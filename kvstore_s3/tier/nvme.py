@@ -10,11 +10,9 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import aiofiles
 
@@ -22,6 +20,7 @@ from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.base import check_key
+from kvstore_s3.tier.background import Background
 from kvstore_s3.tier.base import TierStats
 from kvstore_s3.tier.extents import Extent
 from kvstore_s3.tier.nvme_files import NvmeFiles
@@ -32,8 +31,6 @@ from kvstore_s3.tier.nvme_usage import parse
 from kvstore_s3.tier.open_pieces import OpenPiece, OpenPieces
 from kvstore_s3.tier.pieces import Write, file_size
 from kvstore_s3.tier.switch import Switch
-
-T = TypeVar("T")
 
 _MOST_OPEN = 128
 _MOST_ROUNDS = 8
@@ -59,11 +56,9 @@ class NvmeTier:
         self._index = NvmeIndex(budget_bytes)
         self._leaving: set[Extent] = set()
         self._open = OpenPieces(_MOST_OPEN)
-        self._reading = ThreadPoolExecutor(threads, "kvstore-s3-nvme-read")
-        self._writing = ThreadPoolExecutor(threads, "kvstore-s3-nvme-write")
+        self._background = Background(threads, self.name)
         self._reads, self._writes = Switch(failures=3), Switch(failures=1)
         self._said: set[int | None] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._starting: asyncio.Task[bool] | None = None
         self._started = self._closed = False
         self._generation = 0
@@ -76,15 +71,14 @@ class NvmeTier:
 
     async def settle(self) -> None:
         """Wait until all that goes on in the background is done: removing what was dropped, looking for news."""
-        while self._tasks:
-            await finish(asyncio.wait(tuple(self._tasks)))
+        await self._background.settle()
 
     async def start(self) -> bool:
         """Find what is kept, remove what dead writers left. False where the directory cannot be used now."""
         if self._started or self._closed:
             return self._started
         if self._starting is None or self._starting.done():
-            self._starting = self._spawn(self._start())
+            self._starting = self._background.spawn(self._start())
         return await asyncio.shield(self._starting)
 
     def covers(self, key: str, start: int, end: int) -> bool:
@@ -92,7 +86,7 @@ class NvmeTier:
         covered = self._reads.is_on(now) and self._index.extents.covers(digest_of(key), start, end)
         if not covered and self._started and now >= self._next_news:
             self._next_news = now + _NEWS_S
-            self._spawn(self._look_for_news())
+            self._background.spawn(self._look_for_news())
         return covered
 
     async def read(self, key: str, start: int, into: memoryview) -> bool:
@@ -137,14 +131,12 @@ class NvmeTier:
         self._started = False
         for piece in self._open.pop_all():
             self._abandon(piece)
-        await self.settle()
+        await self._background.close()
         self._index.forget_all()
-        for pool in (self._reading, self._writing):
-            await finish(asyncio.to_thread(pool.shutdown))
 
     async def _start(self) -> bool:
         try:
-            listing = await self._run(self._writing, self._files.open)
+            listing = await self._background.write(self._files.open)
         except OSError as error:
             self._failed(error, self._writes, "write")
             return False
@@ -160,7 +152,7 @@ class NvmeTier:
                 _, generation = parse(await file.read(64))
             if generation != self._generation:
                 began = time.monotonic()
-                found = await self._run(self._reading, self._files.find)
+                found = await self._background.read(self._files.find)
                 self._next_news = max(self._next_news, began + 50 * (time.monotonic() - began))
                 self._index.add_found(found, self._leaving, began)
                 self._generation = generation
@@ -178,7 +170,7 @@ class NvmeTier:
             return self._files.read(extent, start, into, verify_for=verify_for, touch=touch)
 
         try:
-            used_ns = await self._run(self._reading, read)
+            used_ns = await self._background.read(read)
         except FileNotFoundError:  # another process evicted it
             self._index.forget(extent)
             return False
@@ -240,10 +232,11 @@ class NvmeTier:
             work = partial(self._files.advance, piece.key, piece.extent, piece.temporary, victims, writes)
             step: Step | None = None
             try:
-                step = await self._run(self._writing, partial(work, whole=piece.piece.is_whole))
+                step = await self._background.write(partial(work, whole=piece.piece.is_whole))
             finally:
                 self._index.settle(victims, step.reservation if step else None, time.monotonic())
-            self._count("tier_evictions", len(step.reservation.removed))
+            if step.reservation.removed:
+                self._count("tier_evictions", len(step.reservation.removed))
             if step.reservation.temporary is not None:
                 return step
             missing = step.reservation.missing
@@ -252,7 +245,7 @@ class NvmeTier:
     async def _choose_victims(self, missing: int) -> list[Victim]:
         victims = self._index.choose_victims(missing)
         if missing > 0 and not victims:  # what there is was written by others, or the count drifted
-            found = await self._run(self._writing, self._files.recount)
+            found = await self._background.write(self._files.recount)
             self._index.add_found(found, self._leaving, time.monotonic())
             victims = self._index.choose_victims(missing)
         return victims
@@ -270,13 +263,13 @@ class NvmeTier:
         """The piece was taken out already; what it wrote is removed once nobody works on it."""
         piece.closed = True
         if piece.temporary is not None or piece.lock.locked():
-            self._spawn(self._discard(piece))
+            self._background.spawn(self._discard(piece))
 
     async def _discard(self, piece: OpenPiece) -> None:
         async with piece.lock:
             temporary, piece.temporary = piece.temporary, None
             if temporary is not None:
-                await self._run(self._writing, partial(self._files.discard, temporary))
+                await self._background.write(partial(self._files.discard, temporary))
 
     def _remove_soon(self, extents: Iterable[Extent]) -> None:
         leaving = [extent for extent in extents if extent not in self._leaving]
@@ -284,11 +277,11 @@ class NvmeTier:
             self._index.forget(extent)
         if leaving:
             self._leaving.update(leaving)
-            self._spawn(self._remove(leaving))
+            self._background.spawn(self._remove(leaving))
 
     async def _remove(self, extents: list[Extent]) -> None:
         try:
-            await self._run(self._writing, partial(self._files.remove, extents))
+            await self._background.write(partial(self._files.remove, extents))
         except OSError as error:
             self._failed(error, self._writes, "write")
         finally:
@@ -310,12 +303,3 @@ class NvmeTier:
                 verb,
                 error,
             )
-
-    async def _run(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-        return await finish(asyncio.get_running_loop().run_in_executor(pool, work))
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task

@@ -245,7 +245,7 @@ class NvmeFiles:
         file = os.open(path, flags, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(file, 0, size)  # a count from now on sees it in full
+            _allocate(file, size)  # a count from now on sees it in full
         except OSError:
             _remove(path)
             os.close(file)
@@ -256,6 +256,16 @@ class NvmeFiles:
 def _scan(directory: Path) -> Iterator[os.DirEntry[str]]:
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
         yield from entries
+
+
+def _allocate(file: int, size: int) -> None:
+    """Room for all of the file now, so that a full disk shows here; only the size where that cannot be had."""
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(file, size)
 
 
 def _is_whole(extent: Extent, status: os.stat_result) -> bool:
