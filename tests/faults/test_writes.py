@@ -73,9 +73,10 @@ async def saved_at_last(scene: Scene, store: object) -> object:
     for _ in range(40):
         try:
             return await store.save(TOKENS, scene.kv)  # type: ignore[attr-defined]
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
+            last = error
             await asyncio.sleep(0.1)
-    raise AssertionError("the store works, and no write reaches it")
+    raise AssertionError(f"the store works, and no write reaches it: {last}")
 
 
 async def test_four_writers_of_one_prompt_agree(scene: Scene) -> None:
