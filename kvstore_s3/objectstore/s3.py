@@ -26,6 +26,7 @@ from kvstore_s3.objectstore.direct_exchange import Download
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ObjectExistsError, not_s3
 from kvstore_s3.objectstore.s3_multipart import MultipartUpload
+from kvstore_s3.objectstore.upload_journal import UploadJournal
 
 _BUCKET_TRUST_S = 60.0
 """For so long after the bucket was seen, a bodyless 404 is a missing object and not a missing bucket."""
@@ -40,9 +41,11 @@ class S3Store:
         self._multipart_bytes = settings.multipart_bytes
         self._client = S3Client(self.url, settings, count)
         self._slots = asyncio.Semaphore(settings.upload_concurrency)
+        self._journal = UploadJournal(settings.cache_dir / "uploads")
         self._multipart = MultipartUpload(
             self._client,
             self._slots,
+            self._journal,
             part_bytes=settings.multipart_bytes,
             workers=settings.upload_concurrency,
             attempts=settings.max_attempts,
@@ -108,6 +111,7 @@ class S3Store:
 
     async def close(self) -> None:
         await self._client.close()
+        await self._journal.close()
 
     def _name(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._base + check_key(key)}

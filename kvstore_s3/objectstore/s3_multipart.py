@@ -10,6 +10,7 @@ from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreRefusedErr
 from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ConflictError, ObjectExistsError
+from kvstore_s3.objectstore.upload_journal import Note, UploadJournal
 
 _MiB = 1024 * 1024
 _MAX_PARTS = 10_000
@@ -33,10 +34,23 @@ def split_parts(data: memoryview, part_bytes: int) -> Iterator[Part]:
 
 
 class MultipartUpload:
-    """Uploads objects in parts. `slots` bounds the parts in flight, and with them the memory, over all uploads."""
+    """Uploads objects in parts. `slots` bounds the parts in flight, and with them the memory, over all uploads.
 
-    def __init__(self, client: S3Client, slots: asyncio.Semaphore, *, part_bytes: int, workers: int, attempts: int):
+    `journal` knows of each upload before the server does, until nothing of it is left there.
+    """
+
+    def __init__(
+        self,
+        client: S3Client,
+        slots: asyncio.Semaphore,
+        journal: UploadJournal,
+        *,
+        part_bytes: int,
+        workers: int,
+        attempts: int,
+    ) -> None:
         self._client = client
+        self._journal = journal
         self._slots = slots
         self._part_bytes = part_bytes
         self._workers = workers
@@ -56,18 +70,22 @@ class MultipartUpload:
     async def _put_once(
         self, name: Mapping[str, str], data: memoryview, metadata: Mapping[str, str], *, replace: bool
     ) -> bool:
-        upload = {**name, "UploadId": await self._create(name, metadata)}
-        try:
-            parts = await self._upload_parts(upload, data)
-            return await self._complete(upload, parts, replace=replace)
-        except ObjectExistsError:
-            await finish(self._abort(upload))
-            return False
-        except BaseException:  # cancelled, too: what was begun must be aborted before anyone hears of it
-            await finish(self._abort(upload))
-            raise
+        async with self._journal.upload(name["Bucket"], name["Key"], self._client.target.endpoint) as note:
+            upload = {**name, "UploadId": await self._create(name, metadata, note)}
+            try:
+                await note.begun(upload["UploadId"])
+                parts = await self._upload_parts(upload, data)
+                created = await self._complete(upload, parts, replace=replace)
+                note.settle()
+            except ObjectExistsError:
+                await finish(self._abort(upload, note))
+                return False
+            except BaseException:  # cancelled, too: what was begun must be aborted before anyone hears of it
+                await finish(self._abort(upload, note))
+                raise
+        return created
 
-    async def _create(self, name: Mapping[str, str], metadata: Mapping[str, str]) -> str:
+    async def _create(self, name: Mapping[str, str], metadata: Mapping[str, str], note: Note) -> str:
         """Begin an upload. It is awaited to its end: a cancelled request might leave an upload without a known id."""
         arguments: dict[str, object] = {**name, "Metadata": metadata}
         if self._client.checksums:
@@ -77,7 +95,10 @@ class MultipartUpload:
             return str((await finish(task))["UploadId"])
         except asyncio.CancelledError:
             if not task.cancelled() and task.exception() is None:
-                await finish(self._abort({**name, "UploadId": str(task.result()["UploadId"])}))
+                await finish(self._abort({**name, "UploadId": str(task.result()["UploadId"])}, note))
+            raise
+        except (StoreRefusedError, ObjectNotFoundError):
+            note.settle()
             raise
 
     async def _upload_parts(self, upload: Mapping[str, str], data: memoryview) -> list[dict[str, object]]:
@@ -119,11 +140,14 @@ class MultipartUpload:
             raise ConflictError(str(gone)) from gone
         return True
 
-    async def _abort(self, upload: Mapping[str, str]) -> None:
+    async def _abort(self, upload: Mapping[str, str], note: Note) -> None:
         try:
             await self._client.call("abort_multipart_upload", upload)
-        except (ObjectNotFoundError, StoreUnavailableError, StoreRefusedError):
-            return  # it is gone already; or the server is, and the bucket's lifecycle rule must do it
+        except ObjectNotFoundError:
+            pass  # it is gone already
+        except (StoreUnavailableError, StoreRefusedError):
+            return  # the server is gone: whoever sweeps the journal, or the bucket's lifecycle rule, must do it
+        note.settle()
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:

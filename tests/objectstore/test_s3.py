@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,9 +22,10 @@ from kvstore_s3.objectstore.s3 import S3Store
 
 
 @pytest.fixture(params=["direct", "aiobotocore"], autouse=True)
-def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Each way for the bytes in turn."""
     monkeypatch.setenv("KVSTORE_S3_DATA_PLANE", request.param)
+    monkeypatch.setenv("KVSTORE_S3_CACHE_DIR", str(tmp_path))
     return str(request.param)
 
 
@@ -105,6 +107,44 @@ async def test_a_cancelled_upload_is_aborted(
     assert await asyncio.to_thread(uploads_under_way, server, store, KEY) == []
     completed = (wait_for, when) == ("complete_multipart_upload", "after")
     assert (await store.head(KEY) is not None) == completed
+
+
+async def test_an_upload_is_in_the_journal_from_before_its_creation_until_nothing_is_left(
+    server: LocalServer, store: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    call, seen = store._client.call, []
+
+    def journaled() -> list[str]:
+        return [path.read_text() for path in (tmp_path / "uploads").glob("*.jsonl")]
+
+    async def watching_call(operation: str, *arguments: object, **options: object) -> object:
+        seen.append((operation, any(KEY in text for text in journaled())))
+        return await call(operation, *arguments, **options)
+
+    monkeypatch.setattr(store._client, "call", watching_call)
+    await store.put(KEY, bytes(PART + 1))
+    assert ("create_multipart_upload", True) in seen
+    assert ("complete_multipart_upload", True) in seen
+    await store.close()
+    assert journaled() == []
+
+
+async def test_an_upload_that_cannot_be_aborted_stays_in_the_journal(
+    server: LocalServer, store: S3Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    call = store._client.call
+
+    async def failing_call(operation: str, *arguments: object, **options: object) -> object:
+        if operation in ("upload_part", "abort_multipart_upload"):
+            raise StoreUnavailableError("the network is gone")
+        return await call(operation, *arguments, **options)
+
+    monkeypatch.setattr(store._client, "call", failing_call)
+    with pytest.raises(StoreUnavailableError, match="the network is gone"):
+        await store.put(KEY, bytes(PART + 1))
+    await store.close()
+    (journal,) = (tmp_path / "uploads").glob("*.jsonl")
+    assert KEY in journal.read_text()
 
 
 async def test_an_upload_that_fails_in_the_middle_is_aborted(

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from local_server import LocalServer
@@ -29,9 +30,10 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["direct", "aiobotocore"], autouse=True)
-def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def plane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each way for the bytes in turn."""
     monkeypatch.setenv("KVSTORE_S3_DATA_PLANE", request.param)
+    monkeypatch.setenv("KVSTORE_S3_CACHE_DIR", str(tmp_path))
 
 
 @asynccontextmanager
