@@ -6,6 +6,7 @@ The store is asked by parallel heads; the hint in the metadata or the header tel
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -59,12 +60,14 @@ class ChunkFinder:
         verdict_lifetime_s: float,
         miss_lifetime_s: float = 0.0,
         read_local: ReadLocal = read_nothing,
+        on_delay: Callable[[float, float], None] = lambda seconds, now: None,
     ) -> None:
         self._objects = objects
         self._quality = quality
         self._find_calibration = find_calibration
         self._concurrency = concurrency
         self._read_local = read_local
+        self._on_delay = on_delay
         self._verdicts = Verdicts(lifetime_s=verdict_lifetime_s, miss_lifetime_s=miss_lifetime_s)
         self._told: set[int] = set()
 
@@ -123,7 +126,10 @@ class ChunkFinder:
         try:
             chunk = None if fresh else await self._find_local(identity, first_token, thorough)
             if chunk is None:
+                begun = time.monotonic()
                 info = await self._objects.head(object_key(identity))
+                now = time.monotonic()
+                self._on_delay(now - begun, now)
                 chunk = None if info is None else await self._inspect(info, identity, first_token, thorough)
         except LOST as error:
             self.lose(identity, error)

@@ -16,7 +16,7 @@ from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, i
 from kvstore_s3.quality import Quality
 from kvstore_s3.tiers import Extent, Tiers
 from kvstore_s3.transfer.prefetcher import Prefetcher
-from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, has_boundaries, plan_ranges
+from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, has_boundaries
 
 if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
@@ -44,8 +44,6 @@ class Reader:
     quality: Quality
     threads: Executor
     find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
-    range_bytes: int
-    gap_bytes: int
     _keeping: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def read_chunk(self, chunk: StoredChunk, band: Band, levels: int, out: Bits, *, urgency: float) -> Header:
@@ -117,13 +115,8 @@ class Reader:
             rest = [part for part in ranges if part not in found]
             if rest:
                 extents = [(part.start, part.end) for part in rest]
-                most = max(self.range_bytes, *(part.length for part in rest))  # a section lies in one piece
-                requests = plan_ranges(extents, max_bytes=most, gap_bytes=self.gap_bytes)
-                asked = [(request.start, request.end) for request in requests]
-                fetching = self.prefetcher.fetch_ranges(key, asked, urgency, near=read_near if tiers else None)
-                for request, view in zip(requests, await holding.enter_async_context(fetching), strict=True):
-                    for part in (rest[number] for number in request.parts):
-                        found[part] = view[part.start - request.start : part.end - request.start]
+                fetching = self.prefetcher.fetch_ranges(key, extents, urgency, near=read_near if tiers else None)
+                found.update(zip(rest, await holding.enter_async_context(fetching), strict=True))
             yield Brought(
                 [(part, found[part]) for part in ranges], [(part, found[part]) for part in rest], local, holding
             )

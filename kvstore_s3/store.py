@@ -95,6 +95,8 @@ class KVStore:
             self._link.bandwidth,
             HedgePolicy(settings.hedge_ratio),
             counters.add,
+            max_bytes=2 * settings.range_bytes,
+            gap_bytes=settings.gap_bytes,
         )
         self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, counters.add, encoders=cores)
         self._finder = ChunkFinder(
@@ -105,6 +107,7 @@ class KVStore:
             verdict_lifetime_s=settings.verdict_lifetime_s,
             miss_lifetime_s=settings.miss_lifetime_s,
             read_local=self._tiers.read_start,
+            on_delay=self._link.bandwidth.observe_delay,
         )
         self._reader = Reader(
             prefetcher=self._prefetcher,
@@ -112,8 +115,6 @@ class KVStore:
             quality=self.quality,
             threads=self._threads,
             find_calibration=self.calibrations.find,
-            range_bytes=settings.range_bytes,
-            gap_bytes=settings.gap_bytes,
         )
         self._described = False
         self._told_lossy = False

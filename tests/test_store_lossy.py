@@ -200,7 +200,7 @@ async def test_only_the_bytes_of_the_wanted_levels_are_transferred(
 ) -> None:
     layout = KVLayout(6, 4, 64, "bfloat16")
     namespace = Namespace(model="wide", revision="1", layout=layout, chunk_tokens=CHUNK)
-    settings = Settings(layer_group=2, profile=profile, range_bytes=range_bytes)
+    settings = Settings(layer_group=2, profile=profile, range_bytes=range_bytes, gap_bytes=0)
     kv = draw_kv(tokens=2 * CHUNK, layout=layout)
     async with KVStore.open(url, namespace, settings) as store:
         await store.save(TOKENS[: 2 * CHUNK], kv)
