@@ -56,7 +56,9 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     with byte_server(program) as endpoint:
         result["bytes"] += measure_endpoint(endpoint, rounds)
         result |= run_alone("integrity", endpoint, 2 * rounds)
-        result |= run_alone("streams", endpoint, 2)
+        result |= run_alone("streams", endpoint, 3, keep_memory=True)
+        given_back = run_alone("streams", endpoint, 3)["64 streams at once"]
+        result["64 streams at once, memory given back between loads"] = given_back
     if tls:
         with byte_server(program, tls=make_certificate(folder)) as endpoint:
             result["bytes"] += measure_endpoint(endpoint, rounds)

@@ -85,13 +85,11 @@ class Process:
         return json.loads(answer) if answer else None
 
     def end(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
         try:
-            self.process.wait(10)
+            self.process.communicate(timeout=10)  # closes stdin, which ends it
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()
 
 
 @contextmanager

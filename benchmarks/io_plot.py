@@ -49,18 +49,17 @@ def _panel(panel: Panel, left: float, top: float, ours: str, limit: str) -> list
     longest = max([*panel.bars.values(), panel.goal or 0.0]) or 1.0
     scale = (WIDTH - LEFT - RIGHT) / longest
     parts = [_text(left + 16, top + 18, panel.title, size=13), _text(left + 16, top + 36, panel.unit, colour="#777")]
-    y = top + TOP
-    for name, value in panel.bars.items():
+    bottom = top + TOP + len(panel.bars) * (BAR + GAP)
+    if panel.goal is not None:
+        x = left + LEFT + panel.goal * scale
+        parts.append(f'<path d="M{x:.1f} {top + TOP - 4}V{bottom}" stroke="{GOAL}" stroke-width="1.6"/>')
+        parts.append(_text(x, bottom + 13, f"goal {panel.goal:g}", anchor="middle", colour=GOAL))
+    for number, (name, value) in enumerate(panel.bars.items()):
         colour = OURS if name == ours else LIMIT if name == limit else PEER
-        x, length = left + LEFT, max(value * scale, 1.0)
+        x, y, length = left + LEFT, top + TOP + number * (BAR + GAP), max(value * scale, 1.0)
         parts.append(_text(x - 8, y + 13, name, anchor="end"))
         parts.append(f'<rect x="{x:.1f}" y="{y}" width="{length:.1f}" height="{BAR}" fill="{colour}"/>')
         parts.append(_text(x + length + 6, y + 13, f"{value:.3g} {panel.notes.get(name, '')}".strip()))
-        y += BAR + GAP
-    if panel.goal is not None:
-        x = left + LEFT + panel.goal * scale
-        parts.append(f'<path d="M{x:.1f} {top + TOP - 4}V{y}" stroke="{GOAL}" stroke-width="1.6"/>')
-        parts.append(_text(x, y + 13, f"goal {panel.goal:g}", anchor="middle", colour=GOAL))
     return parts
 
 

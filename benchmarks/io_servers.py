@@ -101,18 +101,17 @@ def byte_server(program: Path, *, tls: tuple[Path, Path] | None = None, latency_
     """A byte server on the server's core, with the bucket's OBJECT in it."""
     secure = ["--certificate", str(tls[0]), "--key", str(tls[1])] if tls else []
     command = [str(program), "--latency-ms", str(latency_ms), *secure]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
-        pin(process.pid, choose_cores()[1])
-        url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
-        endpoint = Endpoint(BYTE_SERVER, url, "bench", "bench-secret-key", str(tls[0]) if tls else None)
-        put_object(endpoint)
-        yield endpoint
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline())
+            pin(process.pid, choose_cores()[1])
+            url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+            endpoint = Endpoint(BYTE_SERVER, url, "bench", "bench-secret-key", str(tls[0]) if tls else None)
+            put_object(endpoint)
+            yield endpoint
+        finally:
+            process.kill()
 
 
 def put_object(endpoint: Endpoint) -> None:
