@@ -16,17 +16,17 @@ import fcntl
 import mmap
 import os
 import secrets
-import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from kvstore_s3.tier.base import PAGE
 from kvstore_s3.tier.direct_io import read_fully, write_all
 from kvstore_s3.tier.extents import Extent
+from kvstore_s3.tier.nvme_census import Census, is_whole, remove_file
 from kvstore_s3.tier.nvme_directory import check_private, probe_direct
-from kvstore_s3.tier.nvme_names import header_fault, make_header, parse_name, path_of
+from kvstore_s3.tier.nvme_names import header_fault, make_header, path_of
 from kvstore_s3.tier.nvme_records import Committed, Listing, Reservation, Step, Temporary
 from kvstore_s3.tier.nvme_usage import Ledger, SharedUsage
 from kvstore_s3.tier.pieces import Write, file_position, file_size
@@ -41,7 +41,7 @@ class NvmeFiles:
         self.root = directory / "v1"
         self.budget = budget
         self.direct = False
-        self._temporaries = self.root / ".tmp"
+        self._census = Census(self.root)
         self._usage = SharedUsage(self.root / "usage")
 
     @property
@@ -51,16 +51,16 @@ class NvmeFiles:
     def open(self) -> Listing:
         """Create what is missing, remove what dead writers left, and count what is in use."""
         self.root.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for directory in (self.root, self._temporaries):
+        for directory in (self.root, self._census.temporaries):
             directory.mkdir(exist_ok=True, mode=0o700)
             check_private(directory)
         with self._usage.locked() as ledger:
-            self.direct = probe_direct(self._temporaries)
-            return Listing(self._recount(ledger), ledger.generation, self.direct)
+            self.direct = probe_direct(self._census.temporaries)
+            return Listing(self._census.recount(ledger), ledger.generation, self.direct)
 
     def find(self) -> dict[Extent, int]:
         """All whole pieces, with the time of their last use. Foreign files are left out."""
-        return {extent: status.st_mtime_ns for extent, status in self._walk() if _is_whole(extent, status)}
+        return self._census.find()
 
     def reserve(self, extent: Extent, victims: Sequence[tuple[Extent, int]]) -> Reservation:
         """A temporary for `extent`, after removing as many of `victims` as it takes.
@@ -71,9 +71,9 @@ class NvmeFiles:
         size = file_size(extent)
         with self._usage.locked() as ledger:
             if ledger.used is None:
-                self._recount(ledger)
+                self._census.recount(ledger)
             if self._missing(ledger, size) > 0:
-                self._sweep(ledger)
+                self._census.sweep(ledger)
             removed, spared = self._remove_victims(ledger, size, victims)
             if (missing := self._missing(ledger, size)) > 0:
                 return Reservation(None, missing, removed, spared)
@@ -88,7 +88,7 @@ class NvmeFiles:
     def recount(self) -> dict[Extent, int]:
         """Count what is in use, in case the number drifted; return what is there."""
         with self._usage.locked() as ledger:
-            return self._recount(ledger)
+            return self._census.recount(ledger)
 
     def advance(
         self,
@@ -143,7 +143,7 @@ class NvmeFiles:
         """Remove a temporary. Where that fails, the next process to start does it, for the lock is gone."""
         try:
             with suppress(OSError), self._usage.locked() as ledger:
-                if _remove(temporary.path):
+                if remove_file(temporary.path):
                     ledger.change(-file_size(temporary.extent))
         finally:
             os.close(temporary.file)
@@ -152,7 +152,7 @@ class NvmeFiles:
         """Remove pieces; those that are gone already are no error."""
         with self._usage.locked() as ledger:
             for extent in extents:
-                if _remove(self.root / path_of(extent)):
+                if remove_file(self.root / path_of(extent)):
                     ledger.change(-file_size(extent))
 
     def read(self, extent: Extent, start: int, into: memoryview, *, verify_for: str | None, touch: bool) -> int | None:
@@ -175,7 +175,7 @@ class NvmeFiles:
         status = os.fstat(file)
         page = bytearray(PAGE)
         fault: str | None = "its size is wrong"
-        if _is_whole(extent, status):
+        if is_whole(extent, status):
             read_fully(file, 0, memoryview(page), direct=self.direct)
             fault = header_fault(bytes(page), key, extent)
         if fault is not None:
@@ -197,65 +197,23 @@ class NvmeFiles:
             if used_ns is not None and used_ns > known_ns:
                 spared[victim] = used_ns
                 continue
-            if _remove(path):
+            if remove_file(path):
                 ledger.change(-file_size(victim))
             removed.append(victim)
         return removed, spared
 
-    def _recount(self, ledger: Ledger) -> dict[Extent, int]:
-        found: dict[Extent, int] = {}
-        used = 0
-        for extent, status in self._walk():
-            if _is_whole(extent, status):
-                found[extent] = status.st_mtime_ns
-                used += status.st_size
-            else:
-                _remove(self.root / path_of(extent))  # cut short by whoever
-        ledger.set(used + sum(size for _, size in self._living_temporaries()))
-        return found
-
-    def _sweep(self, ledger: Ledger) -> None:
-        """Give back what the temporaries of dead writers occupy."""
-        before = {entry.path: entry.stat().st_size for entry in _scan(self._temporaries)}
-        living = {path for path, _ in self._living_temporaries()}
-        for path in before.keys() - living:
-            ledger.change(-before[path])
-
-    def _living_temporaries(self) -> Iterator[tuple[str, int]]:
-        """Path and size of each temporary whose writer lives; the others are removed on the way."""
-        for entry in _scan(self._temporaries):
-            if entry.is_file(follow_symlinks=False) and not _remove_if_dead(entry.path):
-                yield entry.path, entry.stat(follow_symlinks=False).st_size
-
-    def _walk(self) -> Iterator[tuple[Extent, os.stat_result]]:
-        for number in range(256):
-            directory = self.root / f"{number:02x}"
-            for entry in _scan(directory):
-                extent = parse_name(entry.name)
-                if extent is None or not extent.name.startswith(directory.name):
-                    continue
-                with suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
-                        yield extent, status
-
     def _create_temporary(self, extent: Extent, size: int) -> Temporary:
-        path = self._temporaries / secrets.token_hex(16)
+        path = self._census.temporaries / secrets.token_hex(16)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN | (os.O_DIRECT if self.direct else 0)
         file = os.open(path, flags, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _allocate(file, size)  # a count from now on sees it in full
         except OSError:
-            _remove(path)
+            remove_file(path)
             os.close(file)
             raise
         return Temporary(extent, path, file)
-
-
-def _scan(directory: Path) -> Iterator[os.DirEntry[str]]:
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
-        yield from entries
 
 
 def _allocate(file: int, size: int) -> None:
@@ -266,34 +224,6 @@ def _allocate(file: int, size: int) -> None:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         os.ftruncate(file, size)
-
-
-def _is_whole(extent: Extent, status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_size == file_size(extent)
-
-
-def _remove(path: Path | str) -> bool:
-    """Whether there was something to remove."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _remove_if_dead(path: str) -> bool:
-    """Remove a temporary that nobody holds the lock of. The caller holds the lock on `usage`."""
-    try:
-        file = os.open(path, os.O_RDWR | os.O_NONBLOCK | _OPEN)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return _remove(path)
-    except OSError:
-        return False
-    finally:
-        os.close(file)
 
 
 def _modified_ns(path: Path) -> int | None:
