@@ -66,7 +66,8 @@ class NvmeFiles:
         """A temporary for `extent`, after removing as many of `victims` as it takes.
 
         A victim comes with the time of its last use as far as it is known here: one that another process used since
-        is spared. Those that are neither removed nor spared were not needed.
+        is spared. Those that are neither removed nor spared were not needed. A victim of the right size whose file
+        nobody reads becomes the temporary: blocks that were written before cost half of what new ones do.
         """
         size = file_size(extent)
         with self._usage.locked() as ledger:
@@ -74,15 +75,11 @@ class NvmeFiles:
                 self._census.recount(ledger)
             if self._missing(ledger, size) > 0:
                 self._census.sweep(ledger)
-            removed, spared = self._remove_victims(ledger, size, victims)
-            if (missing := self._missing(ledger, size)) > 0:
-                return Reservation(None, missing, removed, spared)
-            ledger.change(size)
-            try:
-                temporary = self._create_temporary(extent, size)
-            except OSError:
-                ledger.change(-size)
-                raise
+            removed, spared, temporary = self._remove_victims(ledger, extent, victims)
+            if temporary is None:
+                if (missing := self._missing(ledger, size)) > 0:
+                    return Reservation(None, missing, removed, spared)
+                temporary = self._create_temporary(ledger, extent)
         return Reservation(temporary, 0, removed, spared)
 
     def recount(self) -> dict[Extent, int]:
@@ -159,11 +156,13 @@ class NvmeFiles:
         """Fill `into` with the object's bytes from `start` on.
 
         Verifies the file's header, too, where `verify_for` names the key (EBADMSG). With `touch` the other processes
-        learn that the piece is in use, and the time that they will see is returned.
+        learn that the piece is in use, and the time that they will see is returned. FileNotFoundError where it was
+        evicted.
         """
-        flags = os.O_RDONLY | _OPEN | (os.O_DIRECT if self.direct else 0)
-        file = os.open(self.root / path_of(extent), flags)
+        path = self.root / path_of(extent)
+        file = os.open(path, os.O_RDONLY | _OPEN | (os.O_DIRECT if self.direct else 0))
         try:
+            _hold(file, path)
             if verify_for is not None:
                 self._verify(file, extent, verify_for)
             read_fully(file, file_position(extent, start), into, direct=self.direct)
@@ -185,35 +184,75 @@ class NvmeFiles:
         return (ledger.used or 0) + size - self.budget
 
     def _remove_victims(
-        self, ledger: Ledger, size: int, victims: Sequence[tuple[Extent, int]]
-    ) -> tuple[list[Extent], dict[Extent, int]]:
+        self, ledger: Ledger, extent: Extent, victims: Sequence[tuple[Extent, int]]
+    ) -> tuple[list[Extent], dict[Extent, int], Temporary | None]:
+        """What was removed, what was spared, and a victim's file for `extent` if one will do."""
         removed: list[Extent] = []
         spared: dict[Extent, int] = {}
         for victim, known_ns in victims:
-            if self._missing(ledger, size) <= 0:
+            if (missing := self._missing(ledger, file_size(extent))) <= 0:
                 break
             path = self.root / path_of(victim)
             used_ns = _modified_ns(path)
             if used_ns is not None and used_ns > known_ns:
                 spared[victim] = used_ns
                 continue
+            removed.append(victim)
+            fits = missing <= file_size(victim) == file_size(extent)
+            if fits and (temporary := self._take_over(path, extent)) is not None:
+                return removed, spared, temporary
             if remove_file(path):
                 ledger.change(-file_size(victim))
-            removed.append(victim)
-        return removed, spared
+        return removed, spared, None
 
-    def _create_temporary(self, extent: Extent, size: int) -> Temporary:
-        path = self._census.temporaries / secrets.token_hex(16)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN | (os.O_DIRECT if self.direct else 0)
-        file = os.open(path, flags, 0o600)
+    def _take_over(self, path: Path, extent: Extent) -> Temporary | None:
+        """Make a temporary of a whole piece's file; None where somebody reads it, or it is not as it should be."""
+        flags = os.O_RDWR | _OPEN | (os.O_DIRECT if self.direct else 0)
+        try:
+            file = os.open(path, flags)
+        except OSError:
+            return None
+        taken = self._census.temporaries / secrets.token_hex(16)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _allocate(file, size)  # a count from now on sees it in full
-        except OSError:
-            remove_file(path)
+            if is_whole(extent, os.fstat(file)):
+                os.rename(path, taken)
+                return Temporary(extent, taken, file)
+        except BlockingIOError:
+            pass
+        except BaseException:
             os.close(file)
             raise
+        os.close(file)
+        return None
+
+    def _create_temporary(self, ledger: Ledger, extent: Extent) -> Temporary:
+        path = self._census.temporaries / secrets.token_hex(16)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _OPEN | (os.O_DIRECT if self.direct else 0)
+        ledger.change(file_size(extent))
+        try:
+            file = os.open(path, flags, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _allocate(file, file_size(extent))  # a count from now on sees it in full
+            except OSError:
+                remove_file(path)
+                os.close(file)
+                raise
+        except OSError:
+            ledger.change(-file_size(extent))
+            raise
         return Temporary(extent, path, file)
+
+
+def _hold(file: int, path: Path) -> None:
+    """Keep an open piece from being taken over; FileNotFoundError where that has happened already."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileNotFoundError(errno.ENOENT, "it becomes another piece just now", str(path)) from None
+    if not os.path.samestat(os.fstat(file), os.stat(path, follow_symlinks=False)):
+        raise FileNotFoundError(errno.ENOENT, "it became another piece just now", str(path))
 
 
 def _allocate(file: int, size: int) -> None:

@@ -54,6 +54,11 @@ def pieces_in(directory: Path) -> list[Extent]:
     return [extent for path in directory.glob("v1/??/*") if (extent := parse_name(path.name)) is not None]
 
 
+def files_in(directory: Path) -> list[Path]:
+    """The files of whole pieces."""
+    return list(directory.glob("v1/??/*"))
+
+
 def temporaries_in(directory: Path) -> list[Path]:
     return list(directory.glob("v1/.tmp/*"))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from tier.disk import check_nothing_leaked, content, keep, pieces_in, read, used_in
+from tier.disk import check_nothing_leaked, content, files_in, keep, pieces_in, read, used_in
 
 from kvstore_s3.tier import nvme
 from kvstore_s3.tier.base import PAGE
@@ -93,6 +94,43 @@ async def test_a_piece_that_another_process_uses_is_spared(tmp_path: Path) -> No
     assert not evicting.covers("k0", 0, 3 * PAGE)
     await evicting.close()
     await using.close()
+
+
+async def test_a_file_that_is_being_read_is_not_taken_over_but_removed(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path, 4 * PAGE, 1)
+    await keep(tier, "old", 0, 3 * PAGE)
+    (path,) = files_in(tmp_path)
+    with path.open("rb") as reading:
+        fcntl.flock(reading, fcntl.LOCK_SH)
+        assert await keep(tier, "new", 0, 3 * PAGE)
+        reading.seek(PAGE)
+        assert reading.read() == content("old", 0, 3 * PAGE)
+    assert await read(tier, "new", 0, 3 * PAGE) == content("new", 0, 3 * PAGE)
+    await tier.close()
+    check_nothing_leaked(tmp_path, 4 * PAGE)
+
+
+async def test_a_file_that_becomes_another_piece_is_a_miss(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path, 4 * PAGE, 1)
+    await keep(tier, "old", 0, 3 * PAGE)
+    (path,) = files_in(tmp_path)
+    with path.open("r+b") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        assert await read(tier, "old", 0, 3 * PAGE) is None
+    assert not tier.covers("old", 0, 3 * PAGE)
+    await tier.close()
+
+
+async def test_a_new_piece_takes_over_the_file_of_one_that_is_as_large(tmp_path: Path) -> None:
+    tier = NvmeTier(tmp_path, 4 * PAGE, 1)
+    await keep(tier, "old", 0, 3 * PAGE)
+    inode = files_in(tmp_path)[0].stat().st_ino
+    assert await keep(tier, "new", 0, 3 * PAGE)
+    assert [path.stat().st_ino for path in files_in(tmp_path)] == [inode]
+    assert await read(tier, "old", 0, 3 * PAGE) is None
+    assert await read(tier, "new", 0, 3 * PAGE) == content("new", 0, 3 * PAGE)
+    await tier.close()
+    check_nothing_leaked(tmp_path, 4 * PAGE)
 
 
 async def test_a_tier_evicts_what_others_wrote_when_it_has_nothing_of_its_own(tmp_path: Path) -> None:
