@@ -241,8 +241,11 @@ class FaultProxy:
         await self._listen()
 
     async def _drop_connections(self) -> None:
-        for task in self._tasks:
+        tasks = set(self._tasks)
+        for task in tasks:
             task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 class Exchange:
