@@ -62,6 +62,7 @@ class NvmeTier:
         self._starting: asyncio.Task[bool] | None = None
         self._started = self._closed = False
         self._generation = 0
+        self._own_generations: set[int] = set()
         self._next_news = 0.0
 
     @property
@@ -136,12 +137,14 @@ class NvmeTier:
 
     async def _start(self) -> bool:
         try:
-            listing = await self._background.write(self._files.open)
+            with self._index.listing():
+                listing = await self._background.write(self._files.open)
+                self._index.add_found(listing.found, self._leaving, time.monotonic())
         except OSError as error:
             self._failed(error, self._writes, "write")
             return False
-        self._index.add_found(listing.found, self._leaving, time.monotonic())
         self._generation = listing.generation
+        self._own_generations.clear()
         self._started = not self._closed
         self._writes.worked()
         return self._started
@@ -150,12 +153,14 @@ class NvmeTier:
         try:
             async with aiofiles.open(self._files.usage_path, "rb") as file:
                 _, generation = parse(await file.read(64))
-            if generation != self._generation:
-                began = time.monotonic()
+            if generation == self._generation:
+                return
+            began = time.monotonic()
+            with self._index.listing():
                 found = await self._background.read(self._files.find)
-                self._next_news = max(self._next_news, began + 50 * (time.monotonic() - began))
                 self._index.add_found(found, self._leaving, began)
-                self._generation = generation
+            self._next_news = max(self._next_news, began + 50 * (time.monotonic() - began))
+            self._generation = generation
         except OSError as error:
             self._failed(error, self._reads, "read")
 
@@ -245,14 +250,17 @@ class NvmeTier:
     async def _choose_victims(self, missing: int) -> list[Victim]:
         victims = self._index.choose_victims(missing)
         if missing > 0 and not victims:  # what there is was written by others, or the count drifted
-            found = await self._background.write(self._files.recount)
-            self._index.add_found(found, self._leaving, time.monotonic())
+            with self._index.listing():
+                found = await self._background.write(self._files.recount)
+                self._index.add_found(found, self._leaving, time.monotonic())
             victims = self._index.choose_victims(missing)
         return victims
 
     def _keep(self, piece: OpenPiece, committed: Committed) -> None:
-        if committed.generation == self._generation + 1:
-            self._generation = committed.generation
+        self._own_generations.add(committed.generation)
+        while self._generation + 1 in self._own_generations:  # what this process wrote is no news to it
+            self._generation += 1
+            self._own_generations.discard(self._generation)
         self._index.add(piece.extent, committed.modified_ns, time.monotonic(), proven=False)
         self._index.verify(piece.extent)
         self._count("nvme_kept_bytes", piece.extent.size)

@@ -124,6 +124,7 @@ class NvmeFiles:
         self.write(temporary, [(0, header), *writes])
         target = self.root / path_of(extent)
         with self._usage.locked() as ledger:
+            fcntl.flock(temporary.file, fcntl.LOCK_UN)  # nobody sweeps now, and readers may come from the next line on
             was_there = _modified_ns(target) is not None  # another process was as fast
             try:
                 os.rename(temporary.path, target)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from kvstore_s3.tier.eviction import Eviction
 from kvstore_s3.tier.extents import Extent, Extents
@@ -23,6 +24,8 @@ class NvmeIndex:
         self._used_ns: dict[Extent, int] = {}
         self._touched: dict[Extent, float] = {}
         self._verified: set[Extent] = set()
+        self._listings = 0
+        self._forgotten: set[Extent] = set()
 
     @property
     def bytes(self) -> int:
@@ -34,13 +37,26 @@ class NvmeIndex:
         self._used_ns[extent] = used_ns
         self._eviction.add(extent, file_size(extent), now, proven=proven)
 
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """While files are listed: what is forgotten meanwhile may stand in the list, but is gone."""
+        self._listings += 1
+        try:
+            yield
+        finally:
+            self._listings -= 1
+            if self._listings == 0:
+                self._forgotten.clear()
+
     def add_found(self, found: Mapping[Extent, int], leaving: Collection[Extent], now: float) -> None:
-        """Add what is new in a listing and does not leave just now, the longest unused first."""
+        """Add what is new in a listing and does not leave just now, the longest unused first. Inside `listing`."""
         for extent, used_ns in sorted(found.items(), key=lambda item: item[1]):
-            if extent not in self.extents and extent not in leaving:
+            if extent not in self.extents and extent not in leaving and extent not in self._forgotten:
                 self.add(extent, used_ns, now, proven=True)
 
     def forget(self, extent: Extent) -> None:
+        if self._listings:
+            self._forgotten.add(extent)
         self.extents.discard(extent)
         self._eviction.remove(extent)
         self._verified.discard(extent)

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from tier.disk import check_nothing_leaked, content, files_in, keep, pieces_in, 
 
 from kvstore_s3.tier import nvme
 from kvstore_s3.tier.base import PAGE
+from kvstore_s3.tier.extents import Extent
 from kvstore_s3.tier.nvme import NvmeTier
+from kvstore_s3.tier.nvme_files import NvmeFiles
 from kvstore_s3.tier.nvme_usage import SharedUsage
 
 BUDGET = 64 * PAGE
@@ -23,7 +26,9 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from tier.disk import keep, read
+from kvstore_s3.tier.extents import Extent
 from kvstore_s3.tier.nvme import NvmeTier
+from kvstore_s3.tier.nvme_files import NvmeFiles
 
 async def main(directory, budget, name):
     tier = NvmeTier(Path(directory), int(budget), 2)
@@ -66,6 +71,44 @@ async def test_a_tier_finds_what_another_process_wrote_meanwhile(
     assert await read(second, "a", 0, 5000) == content("a", 0, 5000)
     await first.close()
     await second.close()
+
+
+async def test_what_is_dropped_while_files_are_listed_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvme, "_NEWS_S", 0.0)
+    first, second = NvmeTier(tmp_path, BUDGET, 2), NvmeTier(tmp_path, BUDGET, 2)
+    await second.start()
+    await keep(first, "a", 0, 5000)
+    await first.settle()
+    listed, dropped = threading.Event(), threading.Event()
+
+    def find() -> dict[Extent, int]:
+        found = NvmeFiles.find(first._files)
+        listed.set()
+        dropped.wait(10)
+        return found
+
+    monkeypatch.setattr(first._files, "find", find)
+    await keep(second, "b", 0, 5000)
+    assert not first.covers("b", 0, 5000)
+    await asyncio.to_thread(listed.wait, 10)
+    first.drop("a")
+    asyncio.get_running_loop().call_later(0.2, dropped.set)
+    await first.settle()
+    assert first.covers("b", 0, 5000)
+    assert not first.covers("a", 0, 5000)
+    await first.close()
+    await second.close()
+
+
+async def test_own_pieces_are_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvme, "_NEWS_S", 0.0)
+    tier = NvmeTier(tmp_path, BUDGET, 2)
+    await asyncio.gather(*(keep(tier, f"k{number}", 0, PAGE) for number in range(9)))
+    monkeypatch.setattr(tier._files, "find", None)
+    assert not tier.covers("absent", 0, 1)
+    await tier.close()
 
 
 async def test_a_piece_that_another_process_evicted_is_a_miss_and_forgotten(tmp_path: Path) -> None:
