@@ -1,10 +1,12 @@
-"""Cold reads and writes of the NVMe tier, beside aiofiles and plain executor calls, in one run.
+"""Cold reads and writes of the NVMe tier, beside aiofiles, plain executor calls and the limit, in one run.
 
     python benchmarks/tiers.py [--directory DIR] [--mib 1024] [--rounds 5]
 
 Objects of 8 MiB, four at a time, read into and written from one page-aligned buffer. "Cold" means that the page cache
-holds nothing of the files (written out, then POSIX_FADV_DONTNEED); the tier's own reads go past it anyway. CPU seconds
-are this process's, user and system, for each GB (10^9 bytes); medians of the rounds, whose order changes.
+holds nothing of the files (written out, then POSIX_FADV_DONTNEED); the tier's own reads go past it anyway. The limit
+is the bare system calls with O_DIRECT: open and preadv; create, fallocate and pwrite. "full tier" is the state in which
+a tier spends its life: each write evicts, and takes over a file whose blocks were written before. CPU seconds are this
+process's, user and system, for each GB (10^9 bytes); medians of the rounds, whose order changes.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +92,13 @@ async def _measure(folder: Path, pieces: int, rounds: int) -> dict[str, dict[str
     for start in range(0, len(memory), PIECE):
         memory[start : start + PIECE] = os.urandom(PIECE)
     tier = NvmeTier(folder / "tier", 4 * pieces * PIECE, AT_ONCE)
-    await tier.start()
+    full = NvmeTier(folder / "full", pieces * (PIECE + 4096), AT_ONCE)
+    for number in range(pieces):
+        await full.offer(f"old/{number}", 0, PIECE, 0, memory[:PIECE])
     plain = folder / "plain"
     plain.mkdir()
     pool = ThreadPoolExecutor(AT_ONCE)
-    writes, reads = _writes(tier, plain, pool), _reads(tier, plain, pool)
+    writes, reads = _writes(tier, full, plain, pool), _reads(tier, plain, pool)
     rows = {"write": {name: Row() for name in writes}, "read": {name: Row() for name in reads}}
     for number in range(rounds):
         for verb, ways in (("write", writes), ("read", reads)):
@@ -101,17 +106,23 @@ async def _measure(folder: Path, pieces: int, rounds: int) -> dict[str, dict[str
                 await _prepare(verb, name, tier, plain, pieces)
                 shift = 64 if "shifted" in name else 0
                 await _timed(rows[verb][name], ways[name], memory, shift, pieces)
-                if verb == "write" and name != "ours":
-                    await _settle(tier, plain, pieces, of_tier="ours" in name)
+                if verb == "write" and "ours" not in name:
+                    await _write_out(plain, pieces)
     await tier.close()
+    await full.close()
     pool.shutdown()
     return rows
 
 
-def _writes(tier: NvmeTier, plain: Path, pool: ThreadPoolExecutor) -> dict[str, Work]:
+def _writes(tier: NvmeTier, full: NvmeTier, plain: Path, pool: ThreadPoolExecutor) -> dict[str, Work]:
     async def ours(number: int, data: memoryview) -> None:
         await tier.offer(f"bench/{number}", 0, PIECE, 0, data)
         assert tier.covers(f"bench/{number}", 0, PIECE)
+
+    fresh = count()
+
+    async def ours_full(number: int, data: memoryview) -> None:
+        await full.offer(f"new/{next(fresh)}", 0, PIECE, 0, data)
 
     async def by_aiofiles(number: int, data: memoryview) -> None:
         async with aiofiles.open(plain / str(number), "wb") as file:
@@ -120,7 +131,17 @@ def _writes(tier: NvmeTier, plain: Path, pool: ThreadPoolExecutor) -> dict[str, 
     async def by_pwrite(number: int, data: memoryview) -> None:
         await asyncio.get_running_loop().run_in_executor(pool, _pwrite, plain / str(number), data)
 
-    return {"ours": ours, "ours, shifted buffer": ours, "aiofiles": by_aiofiles, "pwrite in threads": by_pwrite}
+    async def bare(number: int, data: memoryview) -> None:
+        await asyncio.get_running_loop().run_in_executor(pool, _pwrite_direct, plain / str(number), data)
+
+    return {
+        "ours": ours,
+        "ours, full tier": ours_full,
+        "ours, shifted buffer": ours,
+        "aiofiles": by_aiofiles,
+        "pwrite in threads": by_pwrite,
+        "limit": bare,
+    }
 
 
 def _reads(tier: NvmeTier, plain: Path, pool: ThreadPoolExecutor) -> dict[str, Work]:
@@ -138,17 +159,23 @@ def _reads(tier: NvmeTier, plain: Path, pool: ThreadPoolExecutor) -> dict[str, W
     async def by_preadv(number: int, into: memoryview) -> None:
         await asyncio.get_running_loop().run_in_executor(pool, _preadv, plain / str(number), into)
 
+    async def bare(number: int, into: memoryview) -> None:
+        await asyncio.get_running_loop().run_in_executor(pool, _preadv, plain / str(number), into, os.O_DIRECT)
+
     return {
         "ours": ours,
         "ours, shifted buffer": ours,
         "aiofiles": by_aiofiles,
         "aiofiles readinto": by_readinto,
         "preadv in threads": by_preadv,
+        "limit": bare,
     }
 
 
 async def _prepare(verb: str, name: str, tier: NvmeTier, plain: Path, pieces: int) -> None:
     """Empty places to write to; files that are not in the page cache to read from."""
+    if verb == "write" and name == "ours, full tier":
+        return
     if verb == "write" and "ours" in name:
         for number in range(pieces):
             tier.drop(f"bench/{number}")
@@ -162,11 +189,10 @@ async def _prepare(verb: str, name: str, tier: NvmeTier, plain: Path, pieces: in
             _forget(plain / str(number))
 
 
-async def _settle(tier: NvmeTier, plain: Path, pieces: int, *, of_tier: bool) -> None:
-    """Write out what lies in the page cache, so that it does not fall to the next way."""
-    if not of_tier:
-        for number in range(pieces):
-            await asyncio.to_thread(_forget, plain / str(number))
+async def _write_out(plain: Path, pieces: int) -> None:
+    """Empty the page cache, so that its writing does not fall to the next way."""
+    for number in range(pieces):
+        await asyncio.to_thread(_forget, plain / str(number))
 
 
 async def _timed(row: Row, work: Work, memory: memoryview, shift: int, pieces: int) -> None:
@@ -200,8 +226,15 @@ def _pwrite(path: Path, data: memoryview) -> None:
     os.close(file)
 
 
-def _preadv(path: Path, into: memoryview) -> None:
-    file = os.open(path, os.O_RDONLY)
+def _pwrite_direct(path: Path, data: memoryview) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT, 0o600)
+    os.posix_fallocate(file, 0, len(data))
+    assert os.pwrite(file, data, 0) == len(data)
+    os.close(file)
+
+
+def _preadv(path: Path, into: memoryview, flags: int = 0) -> None:
+    file = os.open(path, os.O_RDONLY | flags)
     assert os.preadv(file, [into], 0) == len(into)
     os.close(file)
 
