@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.objectstore.direct_wire import Pace, Wire
@@ -32,6 +32,10 @@ class StaleConnectionError(ConnectionError):
 
 class ChangedError(Exception):
     """The object is not the one whose beginning was read."""
+
+
+class SilenceError(TimeoutError):
+    """Not a byte of an answer came in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +121,11 @@ def send(
     """
     wire.reusable = False
     parts = [memoryview(request), body]
+    early = b""
     if ask_first:
         _transmit(wire, [memoryview(request)], limits, untouched=True)
         parts = [body]
-        if wire.readable(_CONTINUE_S):
-            head, early = _read_head(wire, limits, untouched=True, consent=True)
-            if head.status != 100:
-                raise _refusal(wire, head, early, limits, spoilt=True)
+        early = _await_consent(wire, limits)
     try:
         _transmit(wire, parts, limits, untouched=not ask_first)
     except (ConnectionError, TimeoutError) as error:
@@ -133,12 +135,25 @@ def send(
             raise
         head, early = _answer_of_a_broken_wire(wire, limits, error)
         raise _refusal(wire, head, early, limits, spoilt=True) from error
-    head, early = _read_head(wire, limits, untouched=not ask_first)
+    head, early = _read_head(wire, limits, untouched=not ask_first, early=early)
     if head.status // 100 != 2:
         raise _refusal(wire, head, early, limits)
     answer, whole = _read_body(wire, head, early, limits)
     wire.reusable = whole
     return head, answer
+
+
+def _await_consent(wire: Wire, limits: Limits) -> bytes:
+    """Wait for a "100 Continue", or for so long that the server cannot know it. Raises AnswerError: it refused."""
+    if not wire.readable(_CONTINUE_S):
+        return b""
+    try:
+        head, early = _read_head(wire, replace(limits, read_timeout_s=_CONTINUE_S), untouched=True, consent=True)
+    except SilenceError:
+        return b""  # what was readable were TLS's own messages
+    if head.status != 100:
+        raise _refusal(wire, head, early, limits, spoilt=True)
+    return early
 
 
 def _answer_of_a_broken_wire(wire: Wire, limits: Limits, error: OSError) -> tuple[Head, bytes]:
@@ -176,10 +191,15 @@ def _transmit(wire: Wire, parts: list[memoryview], limits: Limits, *, untouched:
             parts[0] = parts[0][sent:]
 
 
-def _read_head(wire: Wire, limits: Limits, *, untouched: bool, consent: bool = False) -> tuple[Head, bytes]:
-    """Return the head of the answer and what arrived of its body with it. `consent`: a 100 is an answer, too."""
+def _read_head(
+    wire: Wire, limits: Limits, *, untouched: bool, consent: bool = False, early: bytes = b""
+) -> tuple[Head, bytes]:
+    """Return the head of the answer, of which `early` is here, and what arrived of its body with it.
+
+    `consent`: a 100 is an answer, too.
+    """
     deadline = time.monotonic() + limits.read_timeout_s
-    data, view = b"", memoryview(wire.scratch)
+    data, view = early, memoryview(wire.scratch)
     while True:
         if data and (head := parse_head(data)) is not None:
             data = data[head.size :]
@@ -197,7 +217,7 @@ def _read_head(wire: Wire, limits: Limits, *, untouched: bool, consent: bool = F
                 raise StaleConnectionError
             raise ConnectionResetError("the connection ended instead of an answer")
         if time.monotonic() > deadline:
-            raise TimeoutError("no answer")
+            raise TimeoutError("no answer") if data or count else SilenceError("no answer")
         data += view[: count or 0]
         if len(data) > MAX_HEAD_BYTES:
             raise UnfitAnswerError("its head is too long")

@@ -7,6 +7,7 @@ import base64
 import logging
 import os
 import re
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from kvstore_s3.config import MiB, Settings
 from kvstore_s3.errors import DamagedObjectError, StoreBusyError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.metrics import Counters
 from kvstore_s3.objectstore.base import ObjectInfo
+from kvstore_s3.objectstore.direct_exchange import Download, Limits, fetch
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.objectstore.s3 import S3Store
 
@@ -164,6 +166,19 @@ async def test_a_body_that_breaks_is_resumed_from_there_of_the_same_object_only(
         assert scene.count("retries") == 2
 
 
+@pytest.mark.parametrize("plan", [[0], [1], [0, 0, 0], [979, 0], [100, 1, 0, 300], [1] * 9])
+async def test_however_often_and_wherever_it_breaks_every_byte_arrives_once(plan: list[int]) -> None:
+    breaks = iter(plan)
+
+    def script(request: Request) -> bytes:
+        return piece(request, send=next(breaks, None))
+
+    async with opened(script=script, max_attempts=10) as scene:
+        buffer = bytearray(b"." * 1000)
+        await scene.store.get_range(KEY, 7, memoryview(buffer)[10:990])
+        assert buffer == b"." * 10 + DATA[7:987] + b"." * 10
+
+
 @pytest.mark.parametrize("etag", ["", 'W/"weak"'])
 async def test_without_a_strong_etag_a_broken_body_is_read_again_from_its_beginning(etag: str) -> None:
     attempts: list[Request] = []
@@ -253,6 +268,25 @@ async def test_the_deadline_ends_a_request_wherever_it_is() -> None:
             await asyncio.wait_for(scene.store.put(KEY, b"x"), 3)
         with pytest.raises(StoreUnavailableError, match="did not answer in time"):
             await asyncio.wait_for(scene.store.head(KEY), 3)
+
+
+async def test_a_request_allocates_next_to_nothing_beside_the_callers_buffer() -> None:
+    data = bytes(4 * MiB)
+    whole = kept("206 Partial Content", data, f"Content-Range: bytes 0-{len(data) - 1}/{len(data)}")
+    async with running(lambda request: whole) as server:
+        scene = Scene(server)
+        target = memoryview(bytearray(len(data)))
+        await scene.store.get_range(KEY, 0, target)
+        wire = scene.store._client._plane._connections._idle[-1][0]
+        assert len(wire.scratch) <= 16 * 1024
+        tracemalloc.start()
+        fetched = Download(KEY, 0, target)
+        request = b"GET / HTTP/1.1\r\n\r\n"
+        await asyncio.to_thread(fetch, wire, request, fetched, Limits(2.0, 1, 2.0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        await scene.store.close()
+    assert peak < MiB, "of which the server, in the same process, takes some"
 
 
 def descriptors() -> int:
@@ -379,6 +413,28 @@ async def test_a_server_that_answers_and_hangs_up_in_the_middle_of_a_body_is_und
         with pytest.raises((StoreRefusedError, StoreUnavailableError)):
             await scene.store.put(KEY, bytes(5 * MiB), replace=True)
         await scene.store.close()
+
+
+@pytest.mark.parametrize("consent", [b"", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Processing\r\n\r\n"])
+async def test_a_body_is_sent_with_the_servers_consent_or_after_a_while_without(consent: bytes) -> None:
+    body = os.urandom(MiB)
+    received = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(consent)
+        received.append(await reader.readexactly(len(body)))
+        writer.write(kept("200 OK"))
+        await writer.drain()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        scene = Scene(ScriptedServer(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", []))
+        assert await scene.store.put(KEY, body)
+        await scene.store.close()
+    assert received == [body]
 
 
 async def test_a_server_that_knows_no_expect_is_not_asked_first_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -16,6 +17,7 @@ from servers import BUCKET, MOTO_PAGE
 
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import StoreRefusedError, StoreUnavailableError
+from kvstore_s3.objectstore import s3_client
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.objectstore.s3 import S3Store
@@ -255,3 +257,18 @@ async def test_no_credentials_are_refused_with_the_ways_to_give_them(
             await store.probe()
     finally:
         await store.close()
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("server", ["minio", "versitygw"], indirect=True)
+@pytest.mark.parametrize("size", [5, PART + 1])
+async def test_the_server_verifies_the_checksum_of_what_arrives(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    async def of_something_else(body: memoryview) -> str:
+        return base64.b64encode(bytes(4)).decode()
+
+    monkeypatch.setattr(s3_client, "_checksum", of_something_else)
+    with pytest.raises(StoreUnavailableError, match=r"BadDigest|XAmzContentChecksumMismatch"):
+        await store.put(KEY, b"x" * size)
+    assert await store.head(KEY) is None
