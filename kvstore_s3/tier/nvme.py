@@ -231,9 +231,11 @@ class NvmeTier:
         """Write, evicting as it takes; None where no place is to be had."""
         if file_size(piece.extent) > self._files.budget or piece.extent.size > _LARGEST_PIECE:
             return None
-        missing = 0
-        for _ in range(_MOST_ROUNDS):
-            victims = await self._choose_victims(missing)
+        missing = 0 if piece.temporary else self._index.bytes + self._open.bytes - self._files.budget
+        for attempt in range(_MOST_ROUNDS):
+            victims = self._index.choose_victims(missing)
+            if attempt and not victims:
+                victims = await self._find_victims(missing)
             work = partial(self._files.advance, piece.key, piece.extent, piece.temporary, victims, writes)
             step: Step | None = None
             try:
@@ -247,14 +249,12 @@ class NvmeTier:
             missing = step.reservation.missing
         return None
 
-    async def _choose_victims(self, missing: int) -> list[Victim]:
-        victims = self._index.choose_victims(missing)
-        if missing > 0 and not victims:  # what there is was written by others, or the count drifted
-            with self._index.listing():
-                found = await self._background.write(self._files.recount)
-                self._index.add_found(found, self._leaving, time.monotonic())
-            victims = self._index.choose_victims(missing)
-        return victims
+    async def _find_victims(self, missing: int) -> list[Victim]:
+        """Where this process knows of nothing to evict: others wrote it, or the count drifted."""
+        with self._index.listing():
+            found = await self._background.write(self._files.recount)
+            self._index.add_found(found, self._leaving, time.monotonic())
+        return self._index.choose_victims(missing)
 
     def _keep(self, piece: OpenPiece, committed: Committed) -> None:
         self._own_generations.add(committed.generation)

@@ -32,6 +32,7 @@ from kvstore_s3.tier.nvme_usage import Ledger, SharedUsage
 from kvstore_s3.tier.pieces import Write, file_position, file_size
 
 _OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
+_SWEEP_S = 60.0
 
 
 class NvmeFiles:
@@ -42,6 +43,7 @@ class NvmeFiles:
         self.budget = budget
         self.direct = False
         self._census = Census(self.root)
+        self._next_sweep = 0.0
         self._usage = SharedUsage(self.root / "usage")
 
     @property
@@ -73,7 +75,8 @@ class NvmeFiles:
         with self._usage.locked() as ledger:
             if ledger.used is None:
                 self._census.recount(ledger)
-            if self._missing(ledger, size) > 0:
+            if self._missing(ledger, size) > 0 and time.monotonic() >= self._next_sweep:
+                self._next_sweep = time.monotonic() + _SWEEP_S
                 self._census.sweep(ledger)
             removed, spared, temporary = self._remove_victims(ledger, extent, victims)
             if temporary is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from kvstore_s3.tier.extents import Extent
 from kvstore_s3.tier.nvme_records import Temporary
-from kvstore_s3.tier.pieces import Piece
+from kvstore_s3.tier.pieces import Piece, file_size
 
 _MOST_IGNORED = 4096
 _IDLE_S = 60.0
@@ -46,6 +46,11 @@ class OpenPieces:
 
     def __len__(self) -> int:
         return len(self._written)
+
+    @property
+    def bytes(self) -> int:
+        """What the files of the pieces that are written take up, or will soon."""
+        return sum(file_size(piece.extent) for piece in self._written.values())
 
     def find(self, key: str, extent: Extent, now: float) -> OpenPiece | None:
         """The piece to offer to; None where another range begins there."""
