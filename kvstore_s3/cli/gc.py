@@ -75,26 +75,22 @@ async def _collect(options: GcOptions, age_s: float, settings: Settings) -> Repo
 async def _sweep(store: ObjectStore, options: GcOptions, age_s: float, settings: Settings) -> Swept:
     if isinstance(store, LocalStore):
         return Swept(temporaries=await store.sweep(dry_run=options.dry_run))
-    if not store.url.startswith("s3://"):
-        return Swept()  # memory:// has neither
-    await store.probe()  # tells wrong credentials from a server that does not list uploads
-    from kvstore_s3.objectstore.s3_uploads import S3Uploads
+    from kvstore_s3.objectstore.s3 import S3Store
 
-    uploads = S3Uploads.open(store.url, settings)
-    try:
-        return await _sweep_bucket(uploads, options, age_s, settings)
-    finally:
-        await uploads.close()
+    if not isinstance(store, S3Store):
+        return Swept()  # memory:// has neither
+    return await _sweep_bucket(store.uploads, options, age_s, settings)
 
 
 async def _sweep_bucket(uploads: S3Uploads, options: GcOptions, age_s: float, settings: Settings) -> Swept:
+    from kvstore_s3.objectstore.s3_uploads import JOURNALS, NoListingError
+
     swept = Swept()
     try:
         swept.uploads += await uploads.sweep_listed(older_than_s=age_s, dry_run=options.dry_run)
-    except StoreRefusedError as error:
-        swept.problems.append(f"the server does not list uploads, journals alone were followed: {error}")
-    journals = settings.cache_dir / "uploads"
-    found = await uploads.sweep_journals(journals, older_than_s=age_s, dry_run=options.dry_run)
+    except NoListingError as error:
+        swept.problems.append(f"journals alone were followed: {error}")
+    found = await uploads.sweep_journals(settings.cache_dir / JOURNALS, older_than_s=age_s, dry_run=options.dry_run)
     known = {upload.upload.upload_id for upload in swept.uploads}
     swept.uploads += [upload for upload in found if upload.upload.upload_id not in known]
     if options.lifecycle:

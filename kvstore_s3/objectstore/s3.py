@@ -26,6 +26,7 @@ from kvstore_s3.objectstore.direct_exchange import Download
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ObjectExistsError, not_s3
 from kvstore_s3.objectstore.s3_multipart import MultipartUpload
+from kvstore_s3.objectstore.s3_uploads import JOURNALS, JournalSweep, S3Uploads
 from kvstore_s3.objectstore.upload_journal import UploadJournal
 
 _BUCKET_TRUST_S = 60.0
@@ -41,9 +42,12 @@ class S3Store:
         self._multipart_bytes = settings.multipart_bytes
         self._client = S3Client(self.url, settings, count)
         self._slots = asyncio.Semaphore(settings.upload_concurrency)
-        self._journal = UploadJournal(settings.cache_dir / "uploads")
+        self.uploads = S3Uploads(self._client, bucket, self._base)
+        self._journal = UploadJournal(settings.cache_dir / JOURNALS)
+        self._sweep = JournalSweep(self.uploads, settings.cache_dir / JOURNALS, count)
         self._multipart = MultipartUpload(
             self._client,
+            self.uploads,
             self._slots,
             self._journal,
             part_bytes=settings.multipart_bytes,
@@ -63,6 +67,7 @@ class S3Store:
         if "Name" not in await self._client.call("list_objects_v2", query):
             raise not_s3(self._client.target)  # well-formed, but a web page
         self._bucket_seen = time.monotonic()
+        self._sweep.begin_once()
 
     async def put(
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
@@ -110,6 +115,7 @@ class S3Store:
             await self._confirm_bucket()
 
     async def close(self) -> None:
+        await self._sweep.close()
         await self._client.close()
         await self._journal.close()
 

@@ -11,7 +11,7 @@ import base64
 import io
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 
 from crc32c import crc32c
@@ -71,6 +71,11 @@ class S3Client:
         endpoint = self._session.client.meta.endpoint_url if self._session else self._settings.endpoint_url
         return Target(self._url, endpoint or "AWS")
 
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that all attempts of a request take at most."""
+        return self._settings.request_deadline_s
+
     async def call(
         self,
         operation: str,
@@ -79,17 +84,20 @@ class S3Client:
         body: memoryview | None = None,
         download: Download | None = None,
         retry_conflict: bool = True,
+        on_retry: Callable[[KVStoreError], object] | None = None,
     ) -> Answer:
         """Make one request, again where the server was unavailable, and return its answer.
 
         `body` is sent with a checksum and without being signed. `download` (for get_object) is filled. Without
-        `retry_conflict`, a 409 is raised at once.
+        `retry_conflict`, a 409 is raised at once. `on_retry` is told of failures that may lead to another attempt.
         """
         call = Call(operation, dict(arguments), body, download)
         if body is not None and self.checksums:
             call.arguments["ChecksumCRC32C"] = await _checksum(body)
 
         def again(error: KVStoreError) -> bool:
+            if on_retry is not None:
+                on_retry(error)
             return retry_conflict or not isinstance(error, ConflictError)
 
         return await self._retrying.run(lambda: self._attempt(call), again=again)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
-from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreRefusedError, StoreUnavailableError
+from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ConflictError, ObjectExistsError
+from kvstore_s3.objectstore.s3_uploads import S3Uploads
 from kvstore_s3.objectstore.upload_journal import Note, UploadJournal
 
 _MiB = 1024 * 1024
@@ -42,6 +44,7 @@ class MultipartUpload:
     def __init__(
         self,
         client: S3Client,
+        uploads: S3Uploads,
         slots: asyncio.Semaphore,
         journal: UploadJournal,
         *,
@@ -50,6 +53,7 @@ class MultipartUpload:
         attempts: int,
     ) -> None:
         self._client = client
+        self._uploads = uploads
         self._journal = journal
         self._slots = slots
         self._part_bytes = part_bytes
@@ -73,13 +77,16 @@ class MultipartUpload:
         async with self._journal.upload(name["Bucket"], name["Key"], self._client.target.endpoint) as note:
             upload = {**name, "UploadId": await self._create(name, metadata, note)}
             try:
-                await note.begun(upload["UploadId"])
+                await self._note(upload, note)
                 parts = await self._upload_parts(upload, data)
                 created = await self._complete(upload, parts, replace=replace)
                 note.settle()
             except ObjectExistsError:
                 await finish(self._abort(upload, note))
                 return False
+            except ObjectNotFoundError as error:  # a part found the upload gone: aborted by somebody's janitor
+                note.settle()
+                raise ConflictError(str(error)) from error
             except BaseException:  # cancelled, too: what was begun must be aborted before anyone hears of it
                 await finish(self._abort(upload, note))
                 raise
@@ -90,7 +97,7 @@ class MultipartUpload:
         arguments: dict[str, object] = {**name, "Metadata": metadata}
         if self._client.checksums:
             arguments["ChecksumAlgorithm"] = "CRC32C"  # or S3 would refuse the checksums of the parts
-        task = asyncio.ensure_future(self._client.call("create_multipart_upload", arguments))
+        task = asyncio.ensure_future(self._client.call("create_multipart_upload", arguments, on_retry=note.doubt))
         try:
             return str((await finish(task))["UploadId"])
         except asyncio.CancelledError:
@@ -100,6 +107,13 @@ class MultipartUpload:
         except (StoreRefusedError, ObjectNotFoundError):
             note.settle()
             raise
+
+    async def _note(self, upload: Mapping[str, str], note: Note) -> None:
+        await note.begun(upload["UploadId"])
+        if note.doubtful:
+            with suppress(StoreError):  # the upload itself does not need it; the line stays in the journal
+                await self._uploads.abort_twins(upload["Key"], upload["UploadId"], within_s=self._client.deadline_s)
+                note.trust()
 
     async def _upload_parts(self, upload: Mapping[str, str], data: memoryview) -> list[dict[str, object]]:
         pending = split_parts(data, self._part_bytes)
@@ -142,9 +156,7 @@ class MultipartUpload:
 
     async def _abort(self, upload: Mapping[str, str], note: Note) -> None:
         try:
-            await self._client.call("abort_multipart_upload", upload)
-        except ObjectNotFoundError:
-            pass  # it is gone already
+            await self._uploads.abort_upload(upload["Key"], upload["UploadId"])
         except (StoreUnavailableError, StoreRefusedError):
             return  # the server is gone: whoever sweeps the journal, or the bucket's lifecycle rule, must do it
         note.settle()

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from botocore.exceptions import ClientError
 
-from kvstore_s3.config import Settings
-from kvstore_s3.errors import ObjectNotFoundError, StoreError, StoreRefusedError, StoreUnavailableError
+from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreError, StoreRefusedError, StoreUnavailableError
+from kvstore_s3.metrics import Count
+from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.upload_journal import DeadJournal, JournaledUpload, claim_dead
 
+log = logging.getLogger("kvstore_s3")
+
+JOURNALS = "uploads"
+"""Folder of the journals, below the setting `cache_dir`."""
+
+_YOUNG_S = 3600.0
+_FORGOTTEN_S = 30 * 86400.0
+"""Lines of stores that nobody opened again for so long are dropped."""
+_NOT_OFFERED = frozenset({"NotImplemented", "MethodNotAllowed"})
 _RULE = "kvstore-s3-abort-uploads"
 _UNRESOLVED = "AWS"
 """What a journal names where the endpoint was AWS's own and not known yet; bucket names are unique there."""
+
+
+class NoListingError(StoreRefusedError):
+    """The server does not offer ListMultipartUploads, or not to these credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +62,7 @@ class SweptUpload:
 
 
 class S3Uploads:
-    """The uploads below a store's prefix. `close` is for those made by `open`, whose client is theirs alone."""
+    """The uploads below a store's prefix."""
 
     def __init__(self, client: S3Client, bucket: str, base: str) -> None:
         """`base` is what the store's keys begin with in the bucket: "" or a prefix with its "/"."""
@@ -53,25 +70,33 @@ class S3Uploads:
         self._bucket = bucket
         self._base = base
 
-    @classmethod
-    def open(cls, url: str, settings: Settings) -> S3Uploads:
-        """Those of s3://bucket/prefix, a URL that `open_store` accepts."""
-        bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
-        return cls(S3Client(url, settings), bucket, f"{prefix}/" if prefix else "")
+    async def list_uploads(self) -> AsyncIterator[PendingUpload]:
+        """The uploads that the server lists below the store's prefix: on MinIO none."""
+        async for upload in self._list(self._base):
+            yield upload
 
-    async def close(self) -> None:
-        await self._client.close()
+    async def find_uploads(self, key: str) -> list[PendingUpload]:
+        """The uploads of the bucket's `key`."""
+        return [upload async for upload in self._list(key) if upload.key == key]
 
-    async def list_uploads(self, prefix: str = "") -> AsyncIterator[PendingUpload]:
-        """Uploads whose key below the store's prefix starts with `prefix`; on MinIO, of that very key alone."""
-        query: dict[str, object] = {"Bucket": self._bucket, "Prefix": self._base + prefix}
+    async def _list(self, prefix: str) -> AsyncIterator[PendingUpload]:
+        query: dict[str, object] = {"Bucket": self._bucket, "Prefix": prefix}
         while True:
-            page = await self._client.call("list_multipart_uploads", query)
+            page = await self._read_page(query)
             for found in page.get("Uploads", ()):
                 yield PendingUpload(found["Key"], found["UploadId"], found["Initiated"].timestamp())
             if not page.get("IsTruncated"):
                 return
             query |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    async def _read_page(self, query: Mapping[str, object]) -> Mapping[str, Any]:
+        try:
+            return await self._client.call("list_multipart_uploads", query)
+        except (StoreRefusedError, StoreUnavailableError) as error:
+            if _code_of(error) in {*_NOT_OFFERED, "AccessDenied"}:
+                message = f"uploads are not listed (s3:ListBucketMultipartUploads is needed on AWS): {error}"
+                raise NoListingError(message) from error
+            raise
 
     async def abort_upload(self, key: str, upload_id: str) -> bool:
         """Abort an upload of the bucket's `key`. False: it was gone already (MinIO does not tell)."""
@@ -81,6 +106,18 @@ class S3Uploads:
         except ObjectNotFoundError:
             return False
         return True
+
+    async def abort_twins(self, key: str, upload_id: str, *, within_s: float) -> None:
+        """Abort the uploads of the bucket's `key` that began up to `within_s` before the upload `upload_id` did.
+
+        For a Create that was made again: an earlier attempt may have begun an upload and its answer was lost. Another
+        writer that is at the same key in the same moment loses its upload, and begins anew.
+        """
+        found = await self.find_uploads(key)
+        ours = next((upload.initiated for upload in found if upload.upload_id == upload_id), None)
+        for upload in found:
+            if ours is not None and upload.upload_id != upload_id and 0 <= ours - upload.initiated <= within_s:
+                await self.abort_upload(key, upload.upload_id)
 
     async def set_upload_lifetime(self, days: int) -> bool:
         """Have the bucket abort uploads below the store's prefix `days` after they began. False: it did so already.
@@ -112,7 +149,7 @@ class S3Uploads:
             code = _code_of(error)
             if code == "NoSuchLifecycleConfiguration":
                 return {}
-            if code == "NotImplemented":
+            if code in _NOT_OFFERED:
                 raise StoreRefusedError(f"the server has no lifecycle rules [{code}]") from error
             raise
 
@@ -132,8 +169,11 @@ class S3Uploads:
         swept: list[SweptUpload] = []
         with claim_dead(folder) as journals:
             for journal in journals:
-                for entry in [entry for entry in journal.left.values() if self._owns(entry)]:
-                    swept += await self._sweep_entry(journal, entry, older_than_s=older_than_s, dry_run=dry_run)
+                for entry in list(journal.left.values()):
+                    if self._owns(entry):
+                        swept += await self._sweep_entry(journal, entry, older_than_s=older_than_s, dry_run=dry_run)
+                    elif not dry_run and time.time() - entry.begun > _FORGOTTEN_S:
+                        journal.settle(entry)
         return swept
 
     def _owns(self, entry: JournaledUpload) -> bool:
@@ -156,12 +196,11 @@ class S3Uploads:
     async def _find(self, entry: JournaledUpload) -> list[PendingUpload]:
         """The uploads of the entry's key that are there, or the noted one where the server does not list."""
         try:
-            listed = [upload async for upload in self.list_uploads(entry.key.removeprefix(self._base))]
-        except StoreRefusedError:
+            return await self.find_uploads(entry.key)
+        except NoListingError:
             if entry.upload_id is None:
                 raise
             return [PendingUpload(entry.key, entry.upload_id, entry.begun)]
-        return [upload for upload in listed if upload.key == entry.key]
 
     async def _sweep(
         self, upload: PendingUpload, *, older_than_s: float, dry_run: bool, journaled: bool = False
@@ -174,6 +213,34 @@ class S3Uploads:
         except StoreError as error:
             return SweptUpload(upload, journaled, "failed", str(error))
         return SweptUpload(upload, journaled, "aborted")
+
+
+class JournalSweep:
+    """Aborts in the background, once, what dead processes of this machine left in a store."""
+
+    def __init__(self, uploads: S3Uploads, folder: Path, count: Count) -> None:
+        self._uploads = uploads
+        self._folder = folder
+        self._count = count
+        self._task: asyncio.Task[None] | None = None
+
+    def begin_once(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """End it. It can be cancelled anywhere: what is not struck out is swept the next time."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+            await finish(asyncio.wait([self._task]))
+
+    async def _run(self) -> None:
+        with suppress(KVStoreError):  # nobody waits for it; the store's own requests say what is wrong
+            swept = await self._uploads.sweep_journals(self._folder, older_than_s=_YOUNG_S)
+            aborted = sum(1 for found in swept if found.outcome == "aborted")
+            if aborted:
+                self._count("uploads_swept", aborted)
+                log.info("%d unfinished uploads of dead processes were aborted", aborted)
 
 
 def _code_of(error: StoreError) -> str:

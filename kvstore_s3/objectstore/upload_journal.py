@@ -57,15 +57,33 @@ class Note:
     def __init__(self, journal: UploadJournal, number: int) -> None:
         self._journal = journal
         self._number = number
-        self.settled = True
+        self._gone = True
+        self._doubtful = False
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing of it can be left on the server."""
+        return self._gone and not self._doubtful
 
     async def begun(self, upload_id: str) -> None:
         """Create answered."""
         await self._journal._append({"upload": self._number, "id": upload_id})
 
     def settle(self) -> None:
-        """Nothing of the upload is left on the server: it is struck out. Otherwise a later sweep looks after it."""
-        self.settled = True
+        """It was completed or aborted: it is struck out. Otherwise a later sweep looks after it."""
+        self._gone = True
+
+    def doubt(self, reason: Exception) -> None:
+        """An attempt to create it failed for `reason`: the server may have begun one that nobody knows of."""
+        self._doubtful = True
+
+    def trust(self) -> None:
+        """There is no such upload."""
+        self._doubtful = False
+
+    @property
+    def doubtful(self) -> bool:
+        return self._doubtful
 
 
 class UploadJournal:
@@ -88,7 +106,7 @@ class UploadJournal:
         begin = {"begin": number, "endpoint": endpoint, "bucket": bucket, "key": key, "time": time.time()}
         try:
             await self._append(begin)
-            note.settled = False
+            note._gone = False
             yield note
         finally:
             if note.settled:
