@@ -54,7 +54,7 @@ class NvmeTier:
         self._count = count
         self._files = NvmeFiles(directory, budget_bytes)
         self._index = NvmeIndex(budget_bytes)
-        self._leaving: set[Extent] = set()
+        self._leaving: dict[Extent, asyncio.Task[None]] = {}
         self._open = OpenPieces(_MOST_OPEN)
         self._background = Background(threads, self.name)
         self._reads, self._writes = Switch(failures=3), Switch(failures=1)
@@ -109,6 +109,10 @@ class NvmeTier:
         if (holder := self._index.extents.holding(*extent)) is not None:
             self._index.visit(holder, time.monotonic())
             return
+        if (removal := self._leaving.get(extent)) is not None:  # or it would remove the new file
+            await asyncio.wait([removal])
+            if self._closed:
+                return
         for idle in self._open.pop_idle(time.monotonic()):
             self._abandon(idle)
         piece = self._open.find(key, extent, time.monotonic())
@@ -284,8 +288,7 @@ class NvmeTier:
         for extent in leaving:
             self._index.forget(extent)
         if leaving:
-            self._leaving.update(leaving)
-            self._background.spawn(self._remove(leaving))
+            self._leaving |= dict.fromkeys(leaving, self._background.spawn(self._remove(leaving)))
 
     async def _remove(self, extents: list[Extent]) -> None:
         try:
@@ -293,7 +296,8 @@ class NvmeTier:
         except OSError as error:
             self._failed(error, self._writes, "write")
         finally:
-            self._leaving.difference_update(extents)
+            for extent in extents:
+                del self._leaving[extent]
 
     def _failed(self, error: OSError, switch: Switch, verb: str) -> None:
         switch.failed(time.monotonic())

@@ -137,6 +137,15 @@ async def test_a_dropped_object_is_gone_and_its_file_soon_after(tier: NvmeTier, 
     assert [extent.name for extent in pieces_in(directory)] == [digest_of("b")]
 
 
+async def test_an_object_that_was_dropped_can_be_offered_again_at_once(tier: NvmeTier, directory: Path) -> None:
+    for _ in range(20):
+        assert await keep(tier, "a", 0, 3 * PAGE)
+        tier.drop("a")
+    assert await keep(tier, "a", 0, 3 * PAGE)
+    await tier.settle()
+    assert await read(tier, "a", 0, 3 * PAGE) == content("a", 0, 3 * PAGE)
+
+
 async def test_an_abandoned_piece_leaves_nothing(tier: NvmeTier, directory: Path) -> None:
     await tier.offer("a", 0, 9000, 0, filled("a", 0, 5000))
     assert len(temporaries_in(directory)) == 1
