@@ -77,11 +77,13 @@ class Rule:
 class Seen:
     """One request as it went by. `status` is what the client was told; 0 as long as it was told nothing."""
 
-    operation: str
-    path: str
-    range: tuple[int, int] | None
+    request: Head
     connection: int
     status: int = 0
+
+    @property
+    def operation(self) -> str:
+        return self.request.operation
 
 
 class FaultProxy:
@@ -197,7 +199,7 @@ class FaultProxy:
             self._tasks.discard(task)
 
     async def find(self, request: Head, connection: int) -> tuple[Action, Seen]:
-        seen = Seen(request.operation, request.path, request.range, connection)
+        seen = Seen(request, connection)
         self.requests.append(seen)
         return next((rule.action for rule in self._rules if rule.meets(request)), Pass()), seen
 
