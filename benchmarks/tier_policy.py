@@ -6,7 +6,7 @@ A trace is a sequence of chunk reads, each with a size; a miss is inserted, as t
 whose popularity is Zipf's. `scan`: the same, and half of the bytes belong to long documents that are read once.
 `turns`: conversations with a shared beginning that grow with each turn, many at a time. Capacity is a share of all
 distinct bytes. The optimum evicts what is asked for again last (Belady), which is exact for equal sizes and close to it
-for these. "ours, tail first" visits the chunks of a prompt from its end, so that of equal ones the later chunk goes first.
+for these. "ours, tail first" visits a prompt's chunks from its end, so that of equal ones the later chunk goes first.
 """
 
 from __future__ import annotations
