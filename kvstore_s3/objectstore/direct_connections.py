@@ -34,30 +34,23 @@ class Dialler:
         self._resolved = 0.0
 
     async def dial(self) -> socket.socket:
-        """Return a connected, non-blocking socket. Raises UnreachableError."""
+        """Return a connected, non-blocking socket, within the connect timeout. Raises UnreachableError."""
         failure: Exception | None = None
-        for _ in range(len(await self._resolve())):
+        left = len(await self._resolve())
+        now = asyncio.get_running_loop().time
+        deadline = now() + self._timeout_s
+        while left:
+            left -= 1
             family, address = self._addresses[0]
             self._addresses.rotate(-1)  # the next goes to another server, and one that failed is tried last
+            patience_s = (deadline - now()) / (2 if left else 1)  # one address that hangs must not use up all
             try:
-                return await self._connect(family, address)
+                async with asyncio.timeout(patience_s):
+                    return await _connect(family, address)
             except (OSError, TimeoutError) as error:
                 failure = error
         self._resolved = 0.0
         raise UnreachableError(str(failure)) from failure
-
-    async def _connect(self, family: int, address: Any) -> socket.socket:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_AFTER_S)
-            async with asyncio.timeout(self._timeout_s):
-                await asyncio.get_running_loop().sock_connect(sock, address)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
 
     async def _resolve(self) -> deque[tuple[int, Any]]:
         loop = asyncio.get_running_loop()
@@ -71,6 +64,19 @@ class Dialler:
                 self._addresses = deque((family, address) for family, _, _, _, address in found)
                 self._resolved = loop.time()
         return self._addresses
+
+
+async def _connect(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_AFTER_S)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class Connections:

@@ -152,7 +152,8 @@ class S3Client:
     async def _find_plane(self, session: S3Session, bucket: str) -> DirectPlane | None:
         if self._plane is None and not self._fallen_back:
             async with self._opening:
-                if self._plane is None and not self._fallen_back and not self._closed:
+                self._check_open()
+                if self._plane is None and not self._fallen_back:
                     try:
                         route = await session.find_route(bucket)
                     except NoRouteError as error:
@@ -179,6 +180,7 @@ class S3Client:
         if region == session.region or (self._moved and self._session is session):
             return False
         async with self._opening:
+            self._check_open()
             if self._session is session:
                 self._moved = True
                 await self._reopen(region)
@@ -204,11 +206,14 @@ class S3Client:
     async def _open(self) -> S3Session:
         if self._session is None:
             async with self._opening:
-                if self._closed:
-                    raise StoreUnavailableError(f"{self._url} is closed; open it again")
+                self._check_open()
                 if self._session is None:
                     self._session = await open_session(self._url, self._settings, None, self._stack)
         return self._session
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailableError(f"{self._url} is closed; open it again")
 
     def _explain(self, error: Exception) -> tuple[KVStoreError, float]:
         return map_error(error, self.target), pause_asked_s(error)

@@ -31,11 +31,7 @@ class S3Session:
 
     async def credentials(self) -> Credentials:
         """The credentials to sign with now; those that expire are renewed in time. Raises NoCredentialsError."""
-        found = await self._session.get_credentials()
-        if found is None:
-            raise NoCredentialsError
-        frozen: Credentials = await found.get_frozen_credentials()
-        return frozen
+        return await _freeze_credentials(self._session)
 
     async def find_route(self, bucket: str) -> Route:
         """Return where the objects of `bucket` are. Raises NoRouteError where only the client itself gets there."""
@@ -56,6 +52,19 @@ class S3Session:
             raise InvalidArgumentError(f"the certificates in {bundle or 'the AWS client'} cannot be read") from error
         context.set_alpn_protocols(["http/1.1"])
         return context
+
+
+async def look_up_credentials() -> Credentials:
+    """What the AWS chain says now, regardless of what it said before. Raises NoCredentialsError."""
+    return await _freeze_credentials(get_session())
+
+
+async def _freeze_credentials(session: Any) -> Credentials:
+    found = await session.get_credentials()
+    if found is None:
+        raise NoCredentialsError
+    frozen: Credentials = await found.get_frozen_credentials()
+    return frozen
 
 
 async def open_session(url: str, settings: Settings, region: str | None, stack: AsyncExitStack) -> S3Session:

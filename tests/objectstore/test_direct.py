@@ -7,6 +7,7 @@ import base64
 import logging
 import os
 import re
+import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -589,6 +590,30 @@ async def test_a_port_that_refuses_connections_is_told_by_name() -> None:
         with pytest.raises(StoreUnavailableError, match="cannot be reached; is endpoint_url right"):
             await asyncio.wait_for(attempt, 5)
     await scene.store.close()
+
+
+async def test_a_host_that_does_not_answer_is_given_up_within_the_connect_timeout() -> None:
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        address = full.getsockname()
+        with socket.create_connection(address):  # the only place in its queue; more are not answered
+            scene = Scene(ScriptedServer(f"http://127.0.0.1:{address[1]}", []), connect_timeout_s=0.3, max_attempts=1)
+            for attempt in (read(scene.store, KEY, 0, 10), scene.store.head(KEY), scene.store.put(KEY, b"x")):
+                with pytest.raises(StoreUnavailableError, match="cannot be reached; is endpoint_url right"):
+                    await asyncio.wait_for(attempt, 2)
+            await scene.store.close()
+
+
+async def test_of_several_addresses_one_that_answers_is_enough() -> None:
+    async with running(piece) as server:
+        port = server.endpoint.rpartition(":")[2]
+        scene = Scene(server, endpoint_url=f"http://localhost:{port}", max_attempts=1)  # perhaps ::1 as well
+        for _ in range(3):
+            assert await read(scene.store, KEY, 0, 10) == DATA[:10]
+            await server.hang_up()
+        assert server.requests[0].headers["host"] == f"localhost:{port}"
+        await scene.store.close()
 
 
 async def test_a_host_without_an_address_is_told_by_name() -> None:
