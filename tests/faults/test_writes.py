@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 from fault_proxy import Action, FaultProxy
 from faults.actions import INTERNAL_ERROR, SLOW_DOWN, Answer, Delay, Hang, LoseAnswer
-from faults.scene import CHUNKS, MARGIN_S, TOKENS, Scene, digest
+from faults.scene import CHUNKS, MARGIN_S, NAMESPACE, TOKENS, Scene, digest, random_kv
 
-from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+from kvstore_s3.errors import KVStoreError, StoreBusyError, StoreUnavailableError
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.open import open_store
 
@@ -77,6 +77,18 @@ async def saved_at_last(scene: Scene, store: object) -> object:
             last = error
             await asyncio.sleep(0.1)
     raise AssertionError(f"the store works, and no write reaches it: {last}")
+
+
+async def test_writes_are_shed_before_reads_where_the_store_is_busy(filled: Scene) -> None:
+    longer, more = [*TOKENS, *range(900, 900 + 4 * NAMESPACE.chunk_tokens)], random_kv(seed=1)
+    async with filled.open(breaker_pause_s=5.0, max_attempts=1) as store:
+        with filled.proxy.fault("PutObject", SLOW_DOWN) as rule:
+            for _ in range(5):
+                with pytest.raises(StoreBusyError, match="SlowDown"):
+                    await store.save(longer, more, first_token=len(TOKENS))
+                await filled.assert_served_in_full(store)
+        assert rule.met <= 8, "a store that asked to slow down is written to again and again"
+        assert store.counters.snapshot()["writes_shed"] >= 4
 
 
 async def test_four_writers_of_one_prompt_agree(scene: Scene) -> None:
