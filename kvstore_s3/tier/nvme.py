@@ -111,7 +111,7 @@ class NvmeTier:
             return
         if (removal := self._leaving.get(extent)) is not None:  # or it would remove the new file
             await asyncio.wait([removal])
-            if self._closed:
+            if not self._started:  # closed meanwhile
                 return
         for idle in self._open.pop_idle(time.monotonic()):
             self._abandon(idle)
