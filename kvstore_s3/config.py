@@ -106,6 +106,9 @@ class Settings(BaseSettings):
     pin_memory: bool | None = None
     """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
 
+    reuse_bytes: Annotated[int, Field(ge=0)] = 256 * MiB
+    """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""
+
     upload_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
     """Bytes of chunks that are encoded and not yet stored, over all saves."""
 

@@ -33,6 +33,7 @@ from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
 from kvstore_s3.reader import Reader
+from kvstore_s3.recycling import Recycler
 from kvstore_s3.section_index import SectionTable
 from kvstore_s3.shared_link import SharedLink
 from kvstore_s3.streaming import Pace, Stream
@@ -87,6 +88,7 @@ class KVStore:
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-codec")
         self._tiers = Tiers.open(settings, counters.add)
         self._slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
+        self._recycler = Recycler(settings.reuse_bytes)
         self._link = SharedLink(Bandwidth())
         self._prefetcher = Prefetcher(
             self._read_range,
@@ -154,6 +156,7 @@ class KVStore:
         await self._tiers.close()
         await self.objects.close()
         self._slabs.close()
+        self._recycler.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
@@ -343,7 +346,7 @@ class KVStore:
     def _empty(self, layers: int, tokens: int) -> torch.Tensor:
         layout = self.namespace.layout
         shape = (layers, 2, tokens, layout.kv_heads, layout.head_dim)
-        return torch.empty(shape, dtype=getattr(torch, layout.dtype))
+        return self._recycler.empty(shape, getattr(torch, layout.dtype))
 
     def _check_boundary(self, first_token: int) -> None:
         if first_token < 0 or first_token % self.namespace.chunk_tokens:

@@ -23,6 +23,7 @@ LAYERS = {
     "namespace": 2,
     "planner": 2,
     "quality": 2,
+    "recycling": 2,
     "rope": 2,
     "section_index": 2,
     "weights": 2,
