@@ -62,6 +62,7 @@ class GuardedStore:
             for _ in range(2)
         )
         self._patience_s = settings.connect_timeout_s
+        self._silent_since: float | None = None
         self._busy = False
         self._trial_ended = asyncio.Event()
         self._healing: asyncio.Task[None] | None = None
@@ -83,7 +84,7 @@ class GuardedStore:
 
     async def probe(self) -> None:
         """As `ObjectStore.probe`; it goes through in every state, and where it succeeds requests are made again."""
-        await self._probe(decisive=False)
+        await self._probe(decisive=False, limit_s=None)
 
     async def put(
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
@@ -185,6 +186,7 @@ class GuardedStore:
         return f"{self.url} {what} and is tried again in {wait:.1f} s; it failed: {breaker.reason}"
 
     def _answered(self, ticket: Ticket) -> None:
+        self._silent_since = None
         if self._whole.succeed(ticket, self._clock()):
             log.warning("%s answers again", self.url)
 
@@ -215,8 +217,10 @@ class GuardedStore:
             self._busy = busy
 
     def _given_up(self, begun: float) -> None:
-        """A cancellation is no failure. But a caller with little patience may never see a store's own time-outs."""
-        if self._whole.closed and self._clock() - begun >= self._patience_s:
+        """A cancellation is no failure. But callers with little patience may never see the store's own time-outs."""
+        if self._silent_since is None:
+            self._silent_since = begun
+        if self._whole.closed and self._clock() - self._silent_since >= self._patience_s:
             self._heal(doubt=True)
 
     def _shed(self, error: KVStoreError) -> None:
@@ -233,18 +237,25 @@ class GuardedStore:
 
     async def _probe_until_well(self, *, doubt: bool) -> None:
         """Probe after each pause until the store answers. With `doubt`, first find out whether it fails at all."""
+        limit_s = 2 * self._patience_s
         if doubt:
             with suppress(KVStoreError):
-                await self._probe(decisive=True)
+                await self._probe(decisive=True, limit_s=limit_s)
         while not self._whole.closed:
             await asyncio.sleep(max(0.0, self._whole.retry_at - self._clock()))
             with suppress(KVStoreError):
-                await self._probe(decisive=True)
+                await self._probe(decisive=True, limit_s=limit_s)
 
-    async def _probe(self, *, decisive: bool) -> None:
+    async def _probe(self, *, decisive: bool, limit_s: float | None) -> None:
+        """Probe once. A store that has come back must not wait for the time-outs of a request that it never saw."""
         ticket = self._whole.admit_probe()
         try:
-            await self.inner.probe()
+            async with asyncio.timeout(limit_s):
+                await self.inner.probe()
+        except TimeoutError as error:
+            slow = StoreUnavailableError(f"{self.url} did not answer a small request within {limit_s or 0:.1f} s")
+            self._read_failed(ticket, slow, decisive=decisive)
+            raise slow from error
         except KVStoreError as error:
             self._read_failed(ticket, error, decisive=decisive)
             raise

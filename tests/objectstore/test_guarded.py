@@ -47,6 +47,7 @@ class FailingStore(MemoryStore):
         self.hangs = False
         self.requests = 0
         self.probed = asyncio.Event()
+        self.probes_hang = False
 
     def fail(self, error: Exception | None) -> None:
         self.reads = self.writes = self.probes = error
@@ -59,7 +60,7 @@ class FailingStore(MemoryStore):
 
     async def probe(self) -> None:
         self.probed.set()
-        await asyncio.sleep(0)
+        await asyncio.sleep(3600 if self.probes_hang else 0)
         if self.probes is not None:
             raise self.probes
 
@@ -90,13 +91,13 @@ class FailingStore(MemoryStore):
 class Rig:
     """A guarded failing store with a clock that is moved by hand, except where a background probe waits."""
 
-    def __init__(self, *, failures: int = 3, pause_s: float = 0.02) -> None:
+    def __init__(self, *, failures: int = 3, pause_s: float = 0.02, connect_timeout_s: float = 3.0) -> None:
         self.inner = FailingStore()
         self.counters = Counters()
         self.now = 0.0
         self.store = GuardedStore(
             self.inner,
-            Settings(breaker_failures=failures, breaker_pause_s=pause_s),
+            Settings(breaker_failures=failures, breaker_pause_s=pause_s, connect_timeout_s=connect_timeout_s),
             self.counters.add,
             clock=lambda: self.now,
             spread=lambda: 0.5,
@@ -361,6 +362,33 @@ async def test_a_caller_that_gives_up_early_leads_to_a_probe_of_a_dead_store(rig
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert not rig.store.available
+
+
+async def test_many_callers_that_give_up_sooner_lead_to_it_too(rig: Rig) -> None:
+    rig.inner.hangs, rig.inner.probes = True, DOWN
+    for _ in range(4):
+        assert not rig.inner.probed.is_set()
+        task = asyncio.create_task(rig.store.head(KEY))
+        await asyncio.sleep(0)
+        rig.now += 0.8
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    await rig.inner.probed.wait()
+
+
+async def test_a_background_probe_does_not_wait_for_long() -> None:
+    rig = Rig(connect_timeout_s=0.01)
+    rig.inner.probes_hang = True
+    await rig.fail_reads(DOWN)
+    await rig.inner.probed.wait()
+    await asyncio.sleep(0.1)
+    with pytest.raises(StoreUnavailableError, match=r"did not answer a small request within 0\.0 s"):
+        await rig.store.head(KEY)
+    rig.inner.fail(None)
+    rig.inner.probes_hang = False
+    await rig.healed()
+    assert rig.store.available
+    await rig.store.close()
 
 
 async def test_closing_ends_the_background_probe() -> None:
