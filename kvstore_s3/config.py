@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     """Quality down to which a load may go where the link is too slow for a lossy `profile`. None: not below it."""
 
     cache_dir: Path = Field(default_factory=lambda: _default_cache_dir())
-    """Where digests of model weights are remembered between starts."""
+    """Where digests of model weights are remembered between starts, and uploads under way are noted."""
 
     @classmethod
     def settings_customise_sources(
