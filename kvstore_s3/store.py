@@ -85,7 +85,8 @@ class KVStore:
         self._probe = probe
         cores = settings.codec_threads or os.cpu_count() or 1
         self._chunks_at_once = settings.download_concurrency + cores
-        self._threads = ThreadPoolExecutor(cores, "kvstore-s3-codec")
+        self._decoders = ThreadPoolExecutor(cores, "kvstore-s3-decode")
+        self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode")  # apart: a load does not wait for a save
         self._tiers = Tiers.open(settings, counters.add)
         self._slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
         self._recycler = Recycler(settings.reuse_bytes)
@@ -115,7 +116,7 @@ class KVStore:
             prefetcher=self._prefetcher,
             tiers=self._tiers,
             quality=self.quality,
-            threads=self._threads,
+            threads=self._decoders,
             find_calibration=self.calibrations.find,
         )
         self._described = False
@@ -157,7 +158,8 @@ class KVStore:
         await self.objects.close()
         self._slabs.close()
         self._recycler.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._encoders):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
         """The longest unbroken stored prefix of `token_ids`, in whole chunks.
@@ -238,6 +240,8 @@ class KVStore:
         encoding = await self._choose_encoding(prefix_quality) if missing else None
         if encoding is None:
             return Saved(0, len(chunks), 0, self.quality.name)
+        if isinstance(self.objects, GuardedStore):
+            self.objects.check_writable()
         await self._describe_namespace()
 
         def jobs() -> Iterable[UploadJob[tuple[bytearray, SectionTable], int]]:
@@ -317,7 +321,7 @@ class KVStore:
         key = object_key(identity)
 
         async def encode() -> tuple[bytearray, SectionTable]:
-            return await in_thread(self._threads, encode_object, identity, kv, encoding, first_token)
+            return await in_thread(self._encoders, encode_object, identity, kv, encoding, first_token)
 
         async def put(encoded: tuple[bytearray, SectionTable]) -> int:
             data, table = encoded

@@ -79,8 +79,14 @@ class GuardedStore:
 
     @property
     def writable(self) -> bool:
-        """Whether a write would be made now: worth knowing before its bytes are encoded."""
-        return self.available and self._writes.passes(self._clock())
+        """Whether a write would be made now, or would wait for the outcome of one."""
+        return self.available and (self._writes.passes(self._clock()) or self._writes.trying)
+
+    def check_writable(self) -> None:
+        """Raise what a write would raise at once: worth knowing before its bytes are encoded."""
+        self._admit()
+        if not self.writable and not self._closed:
+            raise self._shed_error()
 
     async def probe(self) -> None:
         """As `ObjectStore.probe`; it goes through in every state, and where it succeeds requests are made again."""
@@ -177,9 +183,12 @@ class GuardedStore:
             if not self._writes.trying:
                 break
             await self._trial_ended.wait()
+        raise self._shed_error()
+
+    def _shed_error(self) -> StoreUnavailableError:
         self._count("writes_shed", 1)
         kind = StoreBusyError if self._busy else StoreUnavailableError
-        raise kind(self._explain(self._writes, "is not written to at the moment"))
+        return kind(self._explain(self._writes, "is not written to at the moment"))
 
     def _explain(self, breaker: Breaker, what: str) -> str:
         wait = max(0.0, breaker.retry_at - self._clock())
