@@ -25,6 +25,7 @@ from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.hits import Hit, LayerGroup, Saved
 from kvstore_s3.load import StoredChunk, in_thread
+from kvstore_s3.loader import Loader
 from kvstore_s3.lookup import ChunkFinder, object_key
 from kvstore_s3.metrics import Counters
 from kvstore_s3.namespace import Namespace
@@ -32,19 +33,9 @@ from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
-from kvstore_s3.reader import Reader
-from kvstore_s3.recycling import Recycler
 from kvstore_s3.section_index import SectionTable
-from kvstore_s3.shared_link import SharedLink
 from kvstore_s3.streaming import Pace, Stream
-from kvstore_s3.tiers import Tiers
-from kvstore_s3.transfer.bandwidth import Bandwidth
-from kvstore_s3.transfer.buffers import SlabPool
-from kvstore_s3.transfer.hedging import HedgePolicy
-from kvstore_s3.transfer.prefetcher import Prefetcher
-from kvstore_s3.transfer.ranges import Band, plan_bands
 from kvstore_s3.transfer.uploader import Uploader, UploadJob
-from kvstore_s3.transfer.window import Window
 
 __all__ = ["Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
 
@@ -84,22 +75,15 @@ class KVStore:
         self._rotation = Rotation.from_layout(layout) if scalable else Rotation.none(layout.layers)
         self._probe = probe
         cores = settings.codec_threads or os.cpu_count() or 1
-        self._chunks_at_once = settings.download_concurrency + cores
-        self._decoders = ThreadPoolExecutor(cores, "kvstore-s3-decode")
         self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode")  # apart: a load does not wait for a save
-        self._tiers = Tiers.open(settings, counters.add)
-        self._slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
-        self._recycler = Recycler(settings.reuse_bytes)
-        self._link = SharedLink(Bandwidth())
-        self._prefetcher = Prefetcher(
-            self._read_range,
-            self._slabs,
-            Window(most=settings.download_concurrency),
-            self._link.bandwidth,
-            HedgePolicy(settings.hedge_ratio),
-            counters.add,
-            max_bytes=2 * settings.range_bytes,
-            gap_bytes=settings.gap_bytes,
+        self._loader = Loader(
+            objects,
+            layout,
+            namespace.chunk_tokens,
+            self.quality,
+            settings,
+            find_calibration=self.calibrations.find,
+            count=counters.add,
         )
         self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, counters.add, encoders=cores)
         self._finder = ChunkFinder(
@@ -109,15 +93,8 @@ class KVStore:
             concurrency=settings.lookup_concurrency,
             verdict_lifetime_s=settings.verdict_lifetime_s,
             miss_lifetime_s=settings.miss_lifetime_s,
-            read_local=self._tiers.read_start,
-            on_delay=self._link.bandwidth.observe_delay,
-        )
-        self._reader = Reader(
-            prefetcher=self._prefetcher,
-            tiers=self._tiers,
-            quality=self.quality,
-            threads=self._decoders,
-            find_calibration=self.calibrations.find,
+            read_local=self._loader.tiers.read_start,
+            on_delay=self._loader.link.bandwidth.observe_delay,
         )
         self._described = False
         self._told_lossy = False
@@ -139,7 +116,7 @@ class KVStore:
         try:
             if self.quality.object_profile == "cachegen":
                 await asyncio.to_thread(require_coder)
-            await self._tiers.start()
+            await self._loader.tiers.start()
             if self._probe:
                 await self.objects.probe()
         except BaseException:
@@ -152,14 +129,9 @@ class KVStore:
 
     async def close(self) -> None:
         """Release connections, memory and threads. Safe to call twice."""
-        await self._reader.settle()
-        await self._prefetcher.close()
-        await self._tiers.close()
+        await self._loader.close()
         await self.objects.close()
-        self._slabs.close()
-        self._recycler.close()
-        for threads in (self._decoders, self._encoders):
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
 
     async def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
         """The longest unbroken stored prefix of `token_ids`, in whole chunks.
@@ -187,7 +159,7 @@ class KVStore:
         `StoreError` where the store fails.
         """
         self._check_hit(hit)
-        out = self._empty(self.namespace.layout.layers, hit.tokens)
+        out = self._loader.empty(self.namespace.layout.layers, hit.tokens)
         tokens = 0
         async with aclosing(self._stream(hit, 0, out, pace)) as groups:
             async for group in groups:
@@ -276,30 +248,11 @@ class KVStore:
         chunks = hit.chunks[first_chunk:]
         if not chunks:
             return
-        size = self.namespace.chunk_tokens
-        tables = [chunk.table for chunk in chunks]
-
-        def allocate(band: Band, count: int) -> torch.Tensor:
-            if out is not None:
-                return out[band.layer_begin : band.layer_end, :, : count * size]
-            return self._empty(band.layer_end - band.layer_begin, count * size)
-
-        stream = Stream(
-            self._reader,
-            self._link,
-            chunks,
-            plan_bands(tables, self.settings.range_bytes, levels=self.quality.levels),
-            allocate=allocate,
-            on_lost=self._finder.lose,
-            at_once=self._chunks_at_once,
-            pace=pace,
-            lowest_profile=self.settings.lowest_profile,
-            count=self.counters.add,
-        )
+        stream = self._loader.stream(chunks, out, on_lost=self._finder.lose, pace=pace)
         async with aclosing(stream.run()) as bands:
             async for band, kv in bands:
                 qualities, calibrated = self._learn(hit, stream)
-                tokens = stream.good * size
+                tokens = stream.good * self.namespace.chunk_tokens
                 yield LayerGroup(band.layer_begin, band.layer_end, kv[:, :, :tokens], qualities, calibrated)
 
     def _learn(self, hit: Hit, stream: Stream) -> tuple[tuple[str, ...], tuple[bool | None, ...]]:
@@ -329,28 +282,20 @@ class KVStore:
             metadata = {HINT_NAME: hint} if hint else None
             created = await self.objects.put(key, memoryview(data), metadata=metadata, replace=replace)
             self._finder.mend(identity)
+            tiers = self._loader.tiers
             if replace:
-                self._tiers.drop(key)
-            if created and self._tiers:
-                await self._tiers.keep(key, table, [(0, memoryview(data))])
+                tiers.drop(key)
+            if created and tiers:
+                await tiers.keep(key, table, [(0, memoryview(data))])
             return len(data) if created else 0
 
         return UploadJob(encode, kv.nbytes, put, size=lambda encoded: len(encoded[0]))
-
-    async def _read_range(self, key: str, start: int, into: memoryview) -> None:
-        with self._link.reading(len(into)):
-            await self.objects.get_range(key, start, into)
 
     async def _describe_namespace(self) -> None:
         """Put the namespace's JSON beside the data, once, for people."""
         if not self._described:
             await self.objects.put(f"{self.namespace.hex}/namespace.json", self.namespace.to_json().encode("ascii"))
             self._described = True
-
-    def _empty(self, layers: int, tokens: int) -> torch.Tensor:
-        layout = self.namespace.layout
-        shape = (layers, 2, tokens, layout.kv_heads, layout.head_dim)
-        return self._recycler.empty(shape, getattr(torch, layout.dtype))
 
     def _check_boundary(self, first_token: int) -> None:
         if first_token < 0 or first_token % self.namespace.chunk_tokens:

@@ -35,6 +35,7 @@ LAYERS = {
     "encode": 4,
     "hits": 4,
     "load": 4,
+    "loader": 4,
     "lookup": 4,
     "reader": 4,
     "runtime": 4,

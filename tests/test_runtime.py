@@ -74,7 +74,7 @@ def test_a_stream_that_is_dropped_is_closed(tmp_path: Path) -> None:
         store.save(range(32), torch.zeros(2, 2, 32, 1, 8, dtype=torch.bfloat16))
         for _ in store.stream(store.lookup(range(32))):
             break
-        assert store.kv._slabs.leased == 0
+        assert store.kv._loader.slabs.leased == 0
 
 
 def test_an_interrupt_cancels_the_work_and_waits_for_its_end() -> None:

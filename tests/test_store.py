@@ -291,7 +291,7 @@ async def test_a_cancelled_load_gives_its_buffers_back(tmp_path: Path) -> None:
             await asyncio.wait([task], timeout=delay)
             task.cancel()
             await asyncio.wait([task])
-            assert store._slabs.leased == 0
+            assert store._loader.slabs.leased == 0
         assert (await store.load(hit)).shape[2] == 64
 
 
@@ -301,7 +301,7 @@ async def test_an_abandoned_stream_gives_its_buffers_back(tmp_path: Path) -> Non
         groups = store.stream(await store.lookup(TOKENS))
         await anext(groups)
         await groups.aclose()
-        assert store._slabs.leased == 0
+        assert store._loader.slabs.leased == 0
 
 
 async def test_a_refused_connection_is_an_error_at_open_and_not_a_miss() -> None:

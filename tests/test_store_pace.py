@@ -44,7 +44,7 @@ async def opened(path: Path, **given: object) -> AsyncIterator[KVStore]:
     settings = Settings(chunk_tokens=64, layer_group=2, range_bytes=64 * 1024, hedge_ratio=0, **given)  # type: ignore[arg-type]
     async with KVStore.open(path.as_uri(), NAMESPACE, settings) as store:
         yield store
-    assert store._slabs.leased == 0
+    assert store._loader.slabs.leased == 0
 
 
 async def measured(store: KVStore) -> None:

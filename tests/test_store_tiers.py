@@ -49,7 +49,7 @@ async def opened(path: Path, **given: object) -> AsyncIterator[KVStore]:
     settings = Settings(chunk_tokens=64, layer_group=2, range_bytes=64 * 1024, **given)  # type: ignore[arg-type]
     async with KVStore.open((path / "store").as_uri(), NAMESPACE, settings) as store:
         yield store
-    assert store._slabs.leased == 0
+    assert store._loader.slabs.leased == 0
 
 
 async def fill(path: Path) -> torch.Tensor:
@@ -61,7 +61,7 @@ async def fill(path: Path) -> torch.Tensor:
 
 async def load_all(store: KVStore) -> torch.Tensor:
     kv = await store.load(await store.lookup(TOKENS))
-    await store._reader.settle()
+    await store._loader.settle()
     return kv
 
 
@@ -183,8 +183,8 @@ async def test_a_cancelled_load_leaves_nothing_on_lease(tmp_path: Path, tiers: t
             await asyncio.wait([task], timeout=delay)
             task.cancel()
             await asyncio.wait([task])
-        await store._reader.settle()
-        assert store._slabs.leased == 0
+        await store._loader.settle()
+        assert store._loader.slabs.leased == 0
         assert torch.equal(await load_all(store), kv)
 
 

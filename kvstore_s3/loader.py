@@ -1,0 +1,121 @@
+"""Everything a store's loads share: slabs, tiers, the link, threads. Streams are made here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from kvstore_s3.bitstream import Identity
+from kvstore_s3.codec.calibration import Calibration
+from kvstore_s3.config import Settings
+from kvstore_s3.layout import KVLayout
+from kvstore_s3.load import StoredChunk
+from kvstore_s3.metrics import Count
+from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.quality import Quality
+from kvstore_s3.reader import Reader
+from kvstore_s3.recycling import Recycler
+from kvstore_s3.shared_link import SharedLink
+from kvstore_s3.streaming import Pace, Stream
+from kvstore_s3.tiers import Tiers
+from kvstore_s3.transfer.bandwidth import Bandwidth
+from kvstore_s3.transfer.buffers import SlabPool
+from kvstore_s3.transfer.hedging import HedgePolicy
+from kvstore_s3.transfer.prefetcher import Prefetcher
+from kvstore_s3.transfer.ranges import Band, plan_bands
+from kvstore_s3.transfer.window import Window
+
+
+class Loader:
+    """Makes streams of chunks in `objects`, each of `chunk_tokens` tokens in `layout`. For one event loop."""
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        layout: KVLayout,
+        chunk_tokens: int,
+        quality: Quality,
+        settings: Settings,
+        *,
+        find_calibration: Callable[[bytes], Awaitable[Calibration | None]],
+        count: Count,
+    ) -> None:
+        self._objects = objects
+        self._layout = layout
+        self._chunk_tokens = chunk_tokens
+        self._quality = quality
+        self._settings = settings
+        self._count = count
+        cores = settings.codec_threads or os.cpu_count() or 1
+        self._chunks_at_once = settings.download_concurrency + cores
+        self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
+        self._recycler = Recycler(settings.reuse_bytes)
+        self.slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
+        self.link = SharedLink(Bandwidth())
+        self.tiers = Tiers.open(settings, count)
+        self._prefetcher = Prefetcher(
+            self._read_range,
+            self.slabs,
+            Window(most=settings.download_concurrency),
+            self.link.bandwidth,
+            HedgePolicy(settings.hedge_ratio),
+            count,
+            max_bytes=2 * settings.range_bytes,
+            gap_bytes=settings.gap_bytes,
+        )
+        self._reader = Reader(self._prefetcher, self.tiers, quality, self._threads, find_calibration)
+
+    def stream(
+        self,
+        chunks: Sequence[StoredChunk],
+        out: torch.Tensor | None,
+        *,
+        on_lost: Callable[[Identity, Exception], None],
+        pace: Pace | None,
+    ) -> Stream:
+        """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory."""
+
+        def allocate(band: Band, count: int) -> torch.Tensor:
+            tokens = count * self._chunk_tokens
+            if out is not None:
+                return out[band.layer_begin : band.layer_end, :, :tokens]
+            return self.empty(band.layer_end - band.layer_begin, tokens)
+
+        tables = [chunk.table for chunk in chunks]
+        return Stream(
+            self._reader,
+            self.link,
+            chunks,
+            plan_bands(tables, self._settings.range_bytes, levels=self._quality.levels),
+            allocate=allocate,
+            on_lost=on_lost,
+            at_once=self._chunks_at_once,
+            pace=pace,
+            lowest_profile=self._settings.lowest_profile,
+            count=self._count,
+        )
+
+    def empty(self, layers: int, tokens: int) -> torch.Tensor:
+        """Memory for values [layers, 2, tokens, kv heads, head dim], which earlier values may have used."""
+        shape = (layers, 2, tokens, self._layout.kv_heads, self._layout.head_dim)
+        return self._recycler.empty(shape, getattr(torch, self._layout.dtype))
+
+    async def settle(self) -> None:
+        """Wait until what was read is in the tiers."""
+        await self._reader.settle()
+
+    async def close(self) -> None:
+        """Release memory and threads, once the reads under way have ended."""
+        await self._reader.settle()
+        await self._prefetcher.close()
+        await self.tiers.close()
+        self.slabs.close()
+        self._recycler.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _read_range(self, key: str, start: int, into: memoryview) -> None:
+        with self.link.reading(len(into)):
+            await self._objects.get_range(key, start, into)
