@@ -61,7 +61,7 @@ async def test_loads_that_are_cancelled_give_their_buffers_back(filled: Scene, f
                 await asyncio.wait([task], timeout=moments.uniform(0.0, 0.15))
                 task.cancel()
                 await asyncio.wait([task])
-                assert store._slabs.leased == 0
+                assert store._loader.slabs.leased == 0
         assert not {
             task for task in asyncio.all_tasks() - before if "heal" not in str(task) and "probe" not in str(task)
         }

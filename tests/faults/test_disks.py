@@ -68,7 +68,7 @@ async def test_what_was_loaded_is_read_from_the_disk_and_not_again_from_the_stor
 async def test_an_outage_is_bridged_by_the_disk(filled: Scene, tier: Path) -> None:
     async with open_tiered(filled, tier) as store:
         await filled.assert_served_in_full(store)
-        await store._reader.settle()
+        await store._loader.settle()
         filled.proxy.refuse()
         served = await serve(store, filled.kv)
         assert (served.tokens, served.error) == (len(TOKENS), None)
@@ -131,7 +131,7 @@ async def test_a_damaged_file_is_read_from_the_store_instead(
 async def test_a_directory_that_is_removed_is_no_failure(filled: Scene, tier: Path) -> None:
     async with open_tiered(filled, tier) as store:
         await filled.assert_served_in_full(store)
-        await store._reader.settle()
+        await store._loader.settle()
         shutil.rmtree(tier)
         for _ in range(3):
             await filled.assert_served_in_full(store)
@@ -160,7 +160,7 @@ async def test_a_full_disk_is_no_failure(filled: Scene, small_disk: Path) -> Non
     async with open_tiered(filled, small_disk / "tier") as store:
         for _ in range(3):
             await filled.assert_served_in_full(store)
-            await store._reader.settle()
+            await store._loader.settle()
         assert store.counters.snapshot()["nvme_errors"] > 0
     assert temporaries_in(small_disk) == []
 
@@ -185,7 +185,7 @@ async def test_too_large_a_file_is_no_failure(filled: Scene, tier: Path) -> None
         try:
             for _ in range(2):
                 await filled.assert_served_in_full(store)
-                await store._reader.settle()
+                await store._loader.settle()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
             signal.signal(signal.SIGXFSZ, handler)
@@ -229,7 +229,7 @@ async def test_readers_killed_while_they_write_to_the_disk_leave_nothing_half_ma
 async def test_a_host_tier_serves_without_the_store_and_gives_its_memory_back(filled: Scene) -> None:
     async with filled.open(host_tier_bytes=4 * 1024 * 1024) as store:
         await filled.assert_served_in_full(store)
-        await store._reader.settle()
+        await store._loader.settle()
         filled.proxy.refuse()
         await filled.assert_served_in_full(store)
         assert store.counters.snapshot()["host_hit_bytes"] > 0
@@ -240,10 +240,10 @@ async def test_a_host_tier_serves_without_the_store_and_gives_its_memory_back(fi
 async def test_a_bit_that_flips_in_host_memory_is_read_from_the_store_instead(filled: Scene, at: int) -> None:
     async with filled.open(host_tier_bytes=4 * 1024 * 1024) as store:
         await filled.assert_served_in_full(store)
-        await store._reader.settle()
+        await store._loader.settle()
         key = (await store.lookup(TOKENS)).chunks[1].object_key
         length = (await store.lookup(TOKENS)).chunks[1].table.object_length
-        host = store._tiers._host
+        host = store._loader.tiers._host
         assert host is not None
         at %= length
         borrowed = host.borrow(key, at, at + 1)
