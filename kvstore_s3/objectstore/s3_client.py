@@ -35,7 +35,7 @@ from kvstore_s3.objectstore.s3_errors import (
     refuses_checksum,
     tells_expired,
 )
-from kvstore_s3.objectstore.s3_session import S3Session, open_session
+from kvstore_s3.objectstore.s3_session import S3Session, look_up_credentials, open_session
 
 _log = logging.getLogger("kvstore_s3")
 
@@ -190,10 +190,9 @@ class S3Client:
     async def _renew(self, session: S3Session) -> bool:
         stale = await session.credentials()
         async with self._opening:
+            self._check_open()
             if self._session is session:
-                async with AsyncExitStack() as brief:
-                    fresh = await (await open_session(self._url, self._settings, session.region, brief)).credentials()
-                if fresh == stale:
+                if await look_up_credentials() == stale:
                     return False
                 await self._reopen(session.region)
         return True
