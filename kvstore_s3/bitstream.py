@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from blake3 import blake3
+from xxhash import xxh3_128
 
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError, InvalidArgumentError
 from kvstore_s3.layout import DTYPES
@@ -80,6 +81,8 @@ PREFIX_LENGTH = 24
 _PREFIX = struct.Struct("<8sHBBBBHII")
 _FIXED = struct.Struct("<8sHBBBBHIIIHHHHHHQ32s32s32s")
 _HEADER_NUMBER = 0xFFFFFFFF
+_XXH3 = 3
+"""The digest id whose section digests are XXH3-128: against accidents, at a fifth of the price of BLAKE3."""
 _NO_CALIBRATION = bytes(32)
 assert (_PREFIX.size, _FIXED.size) == (PREFIX_LENGTH, FIXED_BYTES)
 
@@ -113,11 +116,13 @@ class _Fixed(NamedTuple):
 class Header:
     """A header that was verified against an `Identity`.
 
-    `calibration` is the digest of the calibration that its codecs need, None for none.
+    `digest_id` says what `digests`, those of the sections, are; `calibration` is the digest of the calibration that its
+    codecs need, None for none.
     """
 
     identity: Identity
     table: SectionTable
+    digest_id: int
     digests: tuple[bytes, ...]
     calibration: bytes | None = None
 
@@ -125,7 +130,7 @@ class Header:
         """Check the stored bytes of section `number` and return its payload (without padding)."""
         section = self.table.sections[number]
         check_length(f"section {number}", len(stored), section.stored_length)
-        digest = _digest(self.identity.binding(), number, section.entry(), stored, len(self.digests[number]))
+        digest = _section_digest(self.digest_id, self.identity.binding(), number, section.entry(), stored)
         if digest != self.digests[number]:
             refuse(BitstreamFault.SECTION_CHECKSUM, f"section {number} is not what was saved under this name")
         view = memoryview(stored)
@@ -151,13 +156,14 @@ def build_object(
     payloads: Sequence[Payload],
     *,
     profile: str = "lossless",
-    digest_id: int = 1,
+    digest_id: int = _XXH3,
     calibration: bytes | None = None,
 ) -> tuple[bytearray, SectionTable]:
     """Assemble one object. `payloads` come level by level, layers ascending, K before V where they are apart.
 
-    `calibration` is the digest of the calibration that the payloads need: for profile "scalable" alone. Raises
-    `InvalidArgumentError` where they do not divide the shard, or are larger than their values uncompressed.
+    `digest_id` 2 is for objects that will be signed; readers take all. `calibration` is the digest of the calibration
+    that the payloads need: for profile "scalable" alone. Raises `InvalidArgumentError` where they do not divide the
+    shard, or are larger than their values uncompressed.
     """
     _check_calibration(calibration, profile)
     views = [memoryview(payload.data).cast("B") for payload in payloads]
@@ -171,11 +177,11 @@ def build_object(
         for number, (section, view) in enumerate(zip(table.sections, views, strict=True)):
             target[section.offset : section.offset + section.length] = view
             with target[section.offset : section.end] as stored:
-                entry = section.entry() + _digest(binding, number, section.entry(), stored, size)
+                entry = section.entry() + _section_digest(digest_id, binding, number, section.entry(), stored)
             target[position : position + len(entry)] = entry
             position += len(entry)
         end = table.header_length - size
-        target[end : end + size] = _digest(binding, _HEADER_NUMBER, b"", bytes(target[:end]), size)
+        target[end : end + size] = _blake3(binding, _HEADER_NUMBER, b"", bytes(target[:end]), size)
     return out, table
 
 
@@ -222,7 +228,7 @@ def parse_header(
     _check_name(fixed, expected)
     size = DIGEST_SIZES[fixed.digest_id]
     end = length - size - AUTHENTICATOR_SIZES[fixed.authenticator_id]
-    if _digest(expected.binding(), _HEADER_NUMBER, b"", header[:end], size) != header[end : end + size]:
+    if _blake3(expected.binding(), _HEADER_NUMBER, b"", header[:end], size) != header[end : end + size]:
         refuse(BitstreamFault.HEADER_CHECKSUM, "the header is not what was saved under this name")
     _check_features(fixed, profiles, calibrations)
     _check_layout(fixed, expected)
@@ -241,10 +247,19 @@ def _parse_index(header: bytes, fixed: _Fixed, digest_size: int, expected: Ident
         found = f"sections end at {table.object_length}, the header says {fixed.object_length}"
         refuse(BitstreamFault.BAD_INDEX, found)
     digests = tuple(header[start + ENTRY.size : start + stride] for start in starts)
-    return Header(expected, table, digests, fixed.calibration if any(fixed.calibration) else None)
+    return Header(expected, table, fixed.digest_id, digests, fixed.calibration if any(fixed.calibration) else None)
 
 
-def _digest(binding: bytes, number: int, entry: bytes, data: Bytes, size: int) -> bytes:
+def _section_digest(digest_id: int, binding: bytes, number: int, entry: bytes, stored: Bytes) -> bytes:
+    """Both kinds take the stored bytes where they lie, and let other threads run meanwhile."""
+    if digest_id != _XXH3:
+        return _blake3(binding, number, entry, stored, DIGEST_SIZES[digest_id])
+    hasher = xxh3_128(binding + struct.pack("<I", number) + entry)
+    hasher.update(stored)
+    return hasher.digest()
+
+
+def _blake3(binding: bytes, number: int, entry: bytes, data: Bytes, size: int) -> bytes:
     hasher = blake3(struct.pack("<I", number) + entry, key=binding)
     hasher.update(data)
     return hasher.digest(length=size)

@@ -25,8 +25,8 @@ PROFILES = {"lossless": 1, "scalable": 2, "cachegen": 3}
 LOSSLESS = frozenset({"lossless"})
 MAX_LEVELS = {1: 1, 2: 3, 3: 1}
 """Profile id -> most levels: a scalable object has its base and up to two enhancements, the others have one level."""
-DIGEST_SIZES = {1: 16, 2: 32}
-"""Digest id -> bytes of a digest: BLAKE3 cut to 128 bits, BLAKE3 whole."""
+DIGEST_SIZES = {1: 16, 2: 32, 3: 16}
+"""Digest id -> bytes of a digest: BLAKE3 cut to 128 bits, BLAKE3 whole, XXH3-128 under a header of id 1."""
 AUTHENTICATOR_SIZES = {0: 0, 1: 32, 2: 64}
 """Authenticator id -> its bytes: none, keyed BLAKE3, Ed25519. A reader without the key skips it."""
 PARTS_K, PARTS_V, PARTS_KV = 1, 2, 3
@@ -201,7 +201,8 @@ def header_length_of(sections: int, digest_id: int, authenticator_id: int) -> in
 
 
 def _possible_header_lengths(sections: int) -> set[int]:
-    return {header_length_of(sections, 1, 0)} | {header_length_of(sections, 2, kind) for kind in AUTHENTICATOR_SIZES}
+    plain = {header_length_of(sections, digest_id, 0) for digest_id in DIGEST_SIZES}
+    return plain | {header_length_of(sections, 2, authenticator_id) for authenticator_id in AUTHENTICATOR_SIZES}
 
 
 def _decode_base64(text: str) -> bytes:

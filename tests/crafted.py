@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
+from xxhash import xxh3_128_digest
 
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.layout import DTYPES
@@ -37,6 +38,8 @@ FIELDS = {
     "calibration": "32s",
 }
 """The fixed header: name -> struct code."""
+
+DIGEST_SIZES = {1: 16, 2: 32, 3: 16}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Crafted:
     identity: Identity
     sections: Sequence[CraftedSection]
     fields: dict[str, object] = field(default_factory=dict)
-    digest_size: int = 16
+    digest_id: int = 1
     index_padding: bytes | None = None
     mac_key: bytes | None = None
     authenticator: bytes = b""
@@ -78,14 +81,14 @@ class Crafted:
     def header(self) -> bytes:
         """Fixed header, index, padding, digest and authenticator."""
         index = b"".join(
-            section.entry + (section.digest or self._digest(number, section.entry + section.stored))
+            section.entry + (section.digest or self._section_digest(number, section.entry + section.stored))
             for number, section in enumerate(self.sections)
         )
         padding = bytes(-(144 + len(index)) % 16) if self.index_padding is None else self.index_padding
         mac_size = 32 if self.mac_key else len(self.authenticator)
-        length = 144 + len(index) + len(padding) + self.digest_size + mac_size
+        length = 144 + len(index) + len(padding) + DIGEST_SIZES[self.digest_id] + mac_size
         head = self._fixed(length) + index + padding
-        head += self._digest(0xFFFFFFFF, head)
+        head += self._blake3(0xFFFFFFFF, head)
         if self.mac_key:
             return head + blake3(b"kvstore-s3 v1 authenticator" + bytes(5) + head, key=self.mac_key).digest()
         return head + self.authenticator
@@ -100,7 +103,7 @@ class Crafted:
             "version": 1,
             "profile": 1,
             "dtype": DTYPES[identity.layout.dtype].id,
-            "digest_id": {16: 1, 32: 2}.get(self.digest_size, 0),
+            "digest_id": self.digest_id,
             "authenticator_id": 1 if self.mac_key else 2 if self.authenticator else 0,
             "section_count": len(self.sections),
             "header_length": header_length,
@@ -120,9 +123,16 @@ class Crafted:
         values.update(self.fields)
         return struct.pack("<" + "".join(FIELDS.values()), *(values[name] for name in FIELDS))
 
-    def _digest(self, number: int, data: bytes) -> bytes:
+    def _section_digest(self, number: int, data: bytes) -> bytes:
+        if self.digest_id == 3:
+            return xxh3_128_digest(self._binding() + struct.pack("<I", number) + data)
+        return self._blake3(number, data)
+
+    def _blake3(self, number: int, data: bytes) -> bytes:
+        return blake3(struct.pack("<I", number) + data, key=self._binding()).digest(DIGEST_SIZES[self.digest_id])
+
+    def _binding(self) -> bytes:
         identity, shard = self.identity, self.identity.shard
         ranges = struct.pack("<4H", shard.layer_begin, shard.layer_end, shard.head_begin, shard.head_end)
         material = identity.namespace + identity.key + ranges
-        binding = blake3(material, derive_key_context="kvstore-s3 2026-11-21 bitstream v1 binding").digest()
-        return blake3(struct.pack("<I", number) + data, key=binding).digest(self.digest_size)
+        return blake3(material, derive_key_context="kvstore-s3 2026-11-21 bitstream v1 binding").digest()

@@ -40,7 +40,7 @@ _SOUND = (CraftedSection(layers=(0, 1), data=_VALUES[:_HALF]), CraftedSection(la
 
 
 def make_all_errors() -> list[GoldenError]:
-    makers = (_headers, _features, _indices, _names, _damage, _payloads, _lossless)
+    makers = (_headers, _features, _indices, _names, _damage, _xxh3_damage, _payloads, _lossless)
     return [error for maker in makers for error in maker()]
 
 
@@ -68,14 +68,16 @@ def _headers() -> Iterator[GoldenError]:
     yield _error(
         "index-padding", Fault.BAD_HEADER, Crafted(_IDENTITY, _SOUND, index_padding=b"\0\0\0\0\0\0\0\1").object()
     )
-    short = Crafted(_IDENTITY, _SOUND, {"authenticator_id": 1}, authenticator=bytes(32))
-    yield _error("authenticator-over-short-digests", Fault.BAD_HEADER, short.object())
+    for digest_id, name in ((1, "authenticator-over-short-digests"), (3, "authenticator-over-xxh3-digests")):
+        fields: dict[str, object] = {"authenticator_id": 1}
+        signed = Crafted(_IDENTITY, _SOUND, fields, digest_id=digest_id, authenticator=bytes(32))
+        yield _error(name, Fault.BAD_HEADER, signed.object())
 
 
 def _features() -> Iterator[GoldenError]:
     unknown = Fault.UNSUPPORTED_FEATURE
     yield _error("digest-0", unknown, _object(digest_id=0))
-    yield _error("digest-3", unknown, _object(digest_id=3))
+    yield _error("digest-4", unknown, _object(digest_id=4))
     yield _error("authenticator-3", unknown, _object(authenticator_id=3))
     yield _error("flag", unknown, _object(flags=1))
     yield _error("high-flag", unknown, _object(flags=1 << 31))
@@ -149,6 +151,32 @@ def _damage() -> Iterator[GoldenError]:
     foreign = Crafted(replace(_IDENTITY, key=bytes(range(32))), _SOUND).object()
     taken = replace(_SOUND[0], digest=foreign[156:172])  # an attacker takes a section with its digest along
     yield _error("section-of-another-object", Fault.SECTION_CHECKSUM, _object([taken, _SOUND[1]]))
+
+
+def _xxh3_damage() -> Iterator[GoldenError]:
+    """The same under digest id 3."""
+    bad, crafted = Fault.SECTION_CHECKSUM, Crafted(_IDENTITY, _SOUND, digest_id=3)
+    sound, first, second = crafted.object(), len(crafted.header()), len(crafted.header()) + _HALF
+    # Before there was a digest id 3, this was an unknown one: now its sections have the wrong kind of digest.
+    yield _error("digest-3", bad, _object(digest_id=3))
+    yield _error("xxh3-under-digest-1", bad, Crafted(_IDENTITY, _SOUND, {"digest_id": 1}, digest_id=3).object())
+    yield _error("xxh3-payload-flipped", bad, _patch(sound, first, bytes([sound[first] ^ 1])))
+    yield _error("xxh3-last-bit-flipped", bad, _patch(sound, len(sound) - 1, bytes([sound[-1] ^ 0x80])))
+    yield _error("xxh3-sections-swapped", bad, sound[:first] + sound[second:] + sound[first:second])
+    yield _error("xxh3-digest-reversed", bad, _with_digest(sound[156:172][::-1]))
+    other = replace(_IDENTITY, key=bytes(range(32)))
+    foreign = Crafted(other, _SOUND, digest_id=3).object()
+    yield _error("xxh3-section-of-another-object", bad, _with_digest(foreign[156:172]))
+    yield _error("xxh3-wrong-key", Fault.WRONG_KEY, sound, other)
+    yield _error("xxh3-renamed", Fault.HEADER_CHECKSUM, _patch(sound, 80, other.key), other)
+    yield _error("xxh3-index-flipped", Fault.HEADER_CHECKSUM, _patch(sound, 156, bytes([sound[156] ^ 1])))
+    padded = replace(_SOUND[0], data=_SOUND[0].data[:-3], padding=b"\0\0\1")
+    yield _error("xxh3-padding", Fault.BAD_PAYLOAD, Crafted(_IDENTITY, [padded, _SOUND[1]], digest_id=3).object())
+
+
+def _with_digest(digest: bytes) -> bytes:
+    """An object of digest id 3 whose header holds, with another digest of its first section."""
+    return Crafted(_IDENTITY, [replace(_SOUND[0], digest=digest), _SOUND[1]], digest_id=3).object()
 
 
 def _payloads() -> Iterator[GoldenError]:

@@ -144,11 +144,26 @@ def _digest_256() -> Golden:
     return _build("digest-256", identity, [(PARTS_KV, 0, 1, "raw")], digest_id=2)
 
 
+def _digest_xxh3() -> Golden:
+    """Small, and with padding in both sections."""
+    identity = make_identity("digest-xxh3", Shard(0, 1, 0, 1), dtype="float16", tokens=3, head_dim=5)
+    return _build("digest-xxh3", identity, [(PARTS_K, 0, 1, "raw"), (PARTS_V, 0, 1, "raw")], digest_id=3)
+
+
+def _digest_xxh3_lengths() -> Golden:
+    """Sections of 64 to 1,536 bytes: XXH3 is another algorithm up to 128, 240 and 1,024 bytes, prefix included."""
+    name = "digest-xxh3-lengths"
+    identity = make_identity(name, Shard(0, 16, 0, 1), dtype="float16", tokens=2, head_dim=16, layers=16)
+    apart = [(PARTS_K, 0, 1, "raw"), (PARTS_V, 0, 1, "raw")]
+    together = [(PARTS_KV, begin, end, "raw") for begin, end in ((1, 2), (2, 4), (4, 16))]
+    return _build(name, identity, apart + together, digest_id=3)
+
+
 def _authenticated() -> Golden:
     """With a keyed authenticator, which the encoder of this version does not write."""
     identity = make_identity("authenticated", Shard(0, 1, 0, 1), dtype="bfloat16", tokens=4, head_dim=4)
     values = make_values(identity, "authenticated")
-    crafted = Crafted(identity, [CraftedSection(data=as_bytes(values))], digest_size=32, mac_key=MAC_KEY)
+    crafted = Crafted(identity, [CraftedSection(data=as_bytes(values))], digest_id=2, mac_key=MAC_KEY)
     return Golden("authenticated", identity, crafted.object(), values, codecs=("raw",))
 
 
@@ -160,7 +175,7 @@ def _cachegen() -> Golden:
     payload, decoded = ((CACHEGEN / f"bfloat16.{ending}").read_bytes() for ending in ("payload", "decoded"))
     values[:3] = np.frombuffer(decoded, "<u2").reshape(values[:3].shape)
     payloads = [Payload(0, PARTS_KV, 5, 0, 3, payload), Payload(0, PARTS_KV, 0, 3, 4, as_bytes(values[3:]))]
-    data, _ = build_object(identity, payloads, profile="cachegen")
+    data, _ = build_object(identity, payloads, profile="cachegen", digest_id=1)
     return Golden(name, identity, bytes(data), values, profile="cachegen", codecs=("cachegen", "raw"))
 
 
@@ -177,6 +192,8 @@ _MAKERS: Sequence[Callable[[], Golden]] = (
     _digest_256,
     _authenticated,
     _cachegen,
+    _digest_xxh3,
+    _digest_xxh3_lengths,
 )
 
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 import reference_cachegen
 import reference_lossless
 import reference_scalable
+import xxhash
 import zstandard
 from blake3 import blake3
 from reference_calibration import Calibration, RefusedError
@@ -77,7 +78,7 @@ class Expected:
 
 # The fixed header
 
-DIGEST_BYTES = {1: 16, 2: 32}
+DIGEST_BYTES = {1: 16, 2: 32, 3: 16}
 AUTHENTICATOR_BYTES = {0: 0, 1: 32, 2: 64}
 FIXED = struct.Struct("<8sHBBBBHIIIHH4HQ32s32s32s")
 
@@ -126,8 +127,11 @@ def header_digest(expected: Expected, header: bytes, size: int) -> bytes:
     return blake3(b"\xff\xff\xff\xff" + header, key=binding(expected)).digest()[:size]
 
 
-def section_digest(expected: Expected, number: int, entry: bytes, stored: bytes, size: int) -> bytes:
-    return blake3(struct.pack("<I", number) + entry + stored, key=binding(expected)).digest()[:size]
+def section_digest(expected: Expected, number: int, entry: bytes, stored: bytes, digest_id: int) -> bytes:
+    if digest_id == 3:
+        value = xxhash.xxh3_128_intdigest(binding(expected) + struct.pack("<I", number) + entry + stored, seed=0)
+        return value.to_bytes(16, "big")
+    return blake3(struct.pack("<I", number) + entry + stored, key=binding(expected)).digest()[: DIGEST_BYTES[digest_id]]
 
 
 def authenticator_message(data: bytes) -> bytes:
@@ -295,7 +299,7 @@ def group_levels(sections: list[Section]) -> list[list[tuple[int, Section]]]:
 
 def read_payload(data: bytes, number: int, section: Section, expected: Expected) -> bytes:
     stored = data[section.offset : section.end]
-    if section_digest(expected, number, section.entry, stored, len(section.digest)) != section.digest:
+    if section_digest(expected, number, section.entry, stored, data[12]) != section.digest:
         refuse(SECTION_CHECKSUM, f"section {number}")
     if any(stored[section.length :]):
         refuse(BAD_PAYLOAD, f"padding of section {number}")
@@ -462,7 +466,7 @@ def read_hint(text: str, expected: Expected, profiles: frozenset[int] = frozense
     if profile not in profiles or reserved != 0:
         refuse(UNSUPPORTED_FEATURE, "profile or reserved field")
     count = len(raw) // 8 - 1
-    kinds = [(1, 0), (2, 0), (2, 1), (2, 2)]
+    kinds = [(1, 0), (2, 0), (2, 1), (2, 2), (3, 0)]
     if header_length not in [header_length_of(count, digest, authenticator) for digest, authenticator in kinds]:
         refuse(BAD_INDEX, "header length")
     sections = list(expand_hint(raw[8:], header_length, expected))

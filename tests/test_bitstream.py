@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +21,15 @@ from bitstream_cases import (
     read_golden,
 )
 from crafted import Crafted, CraftedSection
+from golden_objects import as_bytes, make_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_decoder import decode_object, to_reference
+from xxhash import xxh3_128
 
 from kvstore_s3 import namespace
 from kvstore_s3.bitstream import (
+    DIGEST_SIZES,
     MAX_SECTIONS,
     PREFIX_LENGTH,
     PROFILES,
@@ -43,6 +47,7 @@ from kvstore_s3.errors import BitstreamFault as Fault
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.layout import KVLayout, Shard
 
+each_digest = pytest.mark.parametrize("digest_id", sorted(DIGEST_SIZES))
 each_decodable = pytest.mark.parametrize("name", DECODABLE)
 thorough = settings(max_examples=150, deadline=None)
 
@@ -67,7 +72,7 @@ def written_objects(draw: st.DrawFn) -> tuple[Identity, list[Payload], str, int]
             most = identity.raw_bytes(end - begin, parts)
             data = draw(st.binary(min_size=1, max_size=min(most, 40)))
             payloads.append(Payload(level, parts, draw(st.integers(0, 255)), begin, end, data))
-    return identity, payloads, profile, draw(st.sampled_from([1, 2]))
+    return identity, payloads, profile, draw(st.sampled_from(sorted(DIGEST_SIZES)))
 
 
 @thorough
@@ -98,7 +103,7 @@ def test_the_encoder_writes_what_the_document_says(written: tuple[Identity, list
         CraftedSection(p.level, p.parts, p.codec, (p.layer_begin, p.layer_end), bytes(p.data)) for p in payloads
     ]
     fields = {"profile": PROFILES[profile]}
-    assert data == Crafted(identity, sections, fields, digest_size=16 * digest_id).object()
+    assert data == Crafted(identity, sections, fields, digest_id=digest_id).object()
 
 
 # Accidents
@@ -141,14 +146,15 @@ def test_every_flipped_bit_gets_the_same_number_from_both_decoders(name: str) ->
 
 
 @thorough
-@given(st.permutations(range(3)))
-def test_sections_in_another_order_are_refused(order: list[int]) -> None:
+@given(st.permutations(range(3)), st.sampled_from(sorted(DIGEST_SIZES)))
+def test_sections_in_another_order_are_refused(order: list[int], digest_id: int) -> None:
     sections = raw_sections(IDENTITY)
-    crafted = Crafted(IDENTITY, sections)
+    crafted = Crafted(IDENTITY, sections, digest_id=digest_id)
     data = crafted.header() + b"".join(sections[number].stored for number in order)
     assert fault_of(decode_object, data, IDENTITY) == (0 if order == [0, 1, 2] else Fault.SECTION_CHECKSUM)
 
 
+@each_digest
 @pytest.mark.parametrize(
     "other",
     [
@@ -159,15 +165,70 @@ def test_sections_in_another_order_are_refused(order: list[int]) -> None:
     ],
     ids=["key", "namespace", "heads", "layers"],
 )
-def test_a_section_of_another_object_is_refused_even_with_equal_values(other: Identity) -> None:
+def test_a_section_of_another_object_is_refused_even_with_equal_values(other: Identity, digest_id: int) -> None:
     ours, shift = raw_sections(IDENTITY), other.shard.layer_begin - IDENTITY.shard.layer_begin
     moved = [replace(s, layers=(s.layers[0] + shift, s.layers[1] + shift)) for s in ours]
-    theirs = Crafted(other, moved).object()
-    stride, start = 28, 144
+    theirs = Crafted(other, moved, digest_id=digest_id).object()
+    stride, start = 12 + DIGEST_SIZES[digest_id], 144
     digests = [theirs[start + 12 + stride * number : start + stride * (number + 1)] for number in range(3)]
     for number in range(3):
         taken = [replace(section, digest=digests[number]) if i == number else section for i, section in enumerate(ours)]
-        assert fault_of(decode_object, Crafted(IDENTITY, taken).object(), IDENTITY) == 8
+        assert fault_of(decode_object, Crafted(IDENTITY, taken, digest_id=digest_id).object(), IDENTITY) == 8
+
+
+@each_digest
+def test_a_flipped_bit_anywhere_in_a_long_section_is_refused(digest_id: int) -> None:
+    identity = replace(IDENTITY, tokens=400)
+    values = as_bytes(make_values(identity, "long"))
+    data, table = build_object(identity, [Payload(0, 3, 0, 1, 4, values[:-3])], digest_id=digest_id)
+    header, section = parse_header(data, identity), table.sections[0]
+    stored = bytearray(data[section.offset : section.end])
+    for at in range(0, len(stored), 61):
+        stored[at] ^= 1 << at % 8
+        assert fault_of(header.verify, 0, stored) == Fault.SECTION_CHECKSUM
+        stored[at] ^= 1 << at % 8
+    assert header.verify(0, stored) == data[section.offset : section.offset + section.length]
+
+
+@each_digest
+def test_a_digest_is_bound_to_the_number_and_the_entry_of_its_section(digest_id: int) -> None:
+    ours = [replace(section, data=bytes(len(section.data))) for section in raw_sections(IDENTITY)]
+    shorter = ours[0].data[:-1]
+    sound = Crafted(IDENTITY, ours, digest_id=digest_id)
+    end = 144 + 12 + DIGEST_SIZES[digest_id]
+    digest = sound.header()[156:end]
+    for number, section in ((1, ours[1]), (0, replace(ours[0], data=shorter)), (0, replace(ours[0], codec=2))):
+        taken = [replace(section, digest=digest) if i == number else each for i, each in enumerate(ours)]
+        bad = Crafted(IDENTITY, taken, digest_id=digest_id).object()
+        assert fault_of(decode_object, bad, IDENTITY) == Fault.SECTION_CHECKSUM
+        assert fault_of(reference.decode, bad, to_reference(IDENTITY)) == Fault.SECTION_CHECKSUM
+
+
+def test_the_xxh3_of_the_digests_is_the_published_one() -> None:
+    assert xxh3_128(b"").hexdigest() == "99aa06d3014798d86001c324468d497f"
+
+
+def test_a_writer_takes_xxh3_and_its_objects_are_as_long_as_with_short_blake3() -> None:
+    payloads = [Payload(0, 3, 0, layer, layer + 1, b"x") for layer in range(1, 4)]
+    data, table = build_object(IDENTITY, payloads)
+    assert data[12] == 3
+    older, same = build_object(IDENTITY, payloads, digest_id=1)
+    assert (len(data), table) == (len(older), same)
+    assert encode_hint(table) == encode_hint(same)
+
+
+@each_digest
+def test_verifying_a_section_copies_nothing(digest_id: int) -> None:
+    identity = replace(IDENTITY, tokens=20_000)
+    data, table = build_object(identity, [Payload(0, 3, 0, 1, 4, bytes(1 << 20))], digest_id=digest_id)
+    header, stored = parse_header(data, identity), memoryview(data)[table.header_length :]
+    tracemalloc.start()
+    try:
+        payload = header.verify(0, stored)
+        assert tracemalloc.get_traced_memory()[1] < 4096
+    finally:
+        tracemalloc.stop()
+    assert payload.obj is data
 
 
 @given(st.binary(max_size=600))
@@ -223,7 +284,7 @@ def test_payloads_that_make_no_object_are_refused_before_anything_is_built(paylo
         build_object(IDENTITY, payloads)
 
 
-@pytest.mark.parametrize("how", [{"profile": "small"}, {"digest_id": 3}])
+@pytest.mark.parametrize("how", [{"profile": "small"}, {"digest_id": 0}, {"digest_id": 4}])
 def test_unknown_profiles_and_digests_are_refused_by_the_encoder(how: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError):
         build_object(IDENTITY, [Payload(0, 3, 0, 1, 4, b"x")], **how)

@@ -136,6 +136,17 @@ def test_the_format_document_names_every_golden_object_and_every_fault() -> None
     assert [fault.name for fault in BitstreamFault if f"| {int(fault)} | {fault.name} |" not in text] == []
 
 
+def test_the_digests_of_the_worked_example_are_in_the_format_document() -> None:
+    text = (TESTS.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
+    data, expected = (
+        read_object("raw-bf16"),
+        to_reference(identity_from_json(OBJECTS["objects"]["raw-bf16"]["identity"])),
+    )
+    assert reference.binding(expected).hex() in text
+    assert reference.section_digest(expected, 0, data[0x90:0x9C], data[0xC0:], 1) == data[0x9C:0xAC]
+    assert reference.section_digest(expected, 0, data[0x90:0x9C], data[0xC0:], 3).hex() in text
+
+
 def test_the_byte_dump_in_the_format_document_is_the_golden_object() -> None:
     text = (TESTS.parent / "docs" / "FORMAT.md").read_text(encoding="utf-8")
     data = read_object("raw-bf16")
