@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvstore_s3.errors import KVStoreError, ObjectNotFoundError, StoreError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
+from kvstore_s3.objectstore.direct import Answer
 from kvstore_s3.objectstore.s3_client import S3Client
 from kvstore_s3.objectstore.s3_errors import ConflictError, ObjectExistsError
 from kvstore_s3.objectstore.s3_uploads import S3Uploads
@@ -16,6 +17,7 @@ from kvstore_s3.objectstore.upload_journal import Note, UploadJournal
 
 _MiB = 1024 * 1024
 _MAX_PARTS = 10_000
+_MOMENT_S = 0.5
 _OF_A_PART = ("ETag", "ChecksumCRC32C")
 """What Complete must repeat of the server's answer to a part."""
 
@@ -123,7 +125,7 @@ class MultipartUpload:
             for part in pending:
                 async with self._slots:
                     arguments = {**upload, "PartNumber": part.number}
-                    answer = await self._client.call("upload_part", arguments, body=part.data)
+                    answer = await _end_softly(self._client.call("upload_part", arguments, body=part.data))
                 done[part.number] = {name: answer[name] for name in _OF_A_PART if name in answer}
 
         try:
@@ -160,6 +162,23 @@ class MultipartUpload:
         except (StoreUnavailableError, StoreRefusedError):
             return  # the server is gone: whoever sweeps the journal, or the bucket's lifecycle rule, must do it
         note.settle()
+
+
+async def _end_softly(request: Coroutine[Any, Any, Answer]) -> Answer:
+    """Await the upload of a part; a cancelled one may end by itself for a moment.
+
+    A server that has all of a part may still be storing it when the abort arrives, and then keep it.
+    """
+    task = asyncio.ensure_future(request)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            await asyncio.wait([task], timeout=_MOMENT_S)
+        finally:
+            task.cancel()
+            await finish(asyncio.gather(task, return_exceptions=True))
+        raise
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
