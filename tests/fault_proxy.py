@@ -268,15 +268,19 @@ class Exchange:
     async def forward(self, *, upload: AsyncIterator[bytes] | None = None) -> tuple[Head, AsyncIterator[bytes]]:
         """Send the request to the server, and return the head of its answer and the pieces of its body."""
         reader, writer = await self._connection.reach_server()
-        writer.write(self.request.without("expect").encode())
-        async for piece in upload or self.upload():
-            writer.write(frame(self.request, piece))
-            await writer.drain()
-        writer.write(last_frame(self.request))
-        while (head := await read_head(reader)) is not None and head.status == 100:
-            pass
-        if head is None:
-            raise ConnectionResetError("the server ended the connection without an answer")
+        answer = asyncio.ensure_future(_read_answer(reader))
+        try:
+            writer.write(self.request.without("expect").encode())
+            async for piece in upload or self.upload():
+                if not answer.done():  # a server may refuse before it has all of the body, and end the connection
+                    with contextlib.suppress(ConnectionError):
+                        writer.write(frame(self.request, piece))
+                        await writer.drain()
+            if not answer.done():
+                writer.write(last_frame(self.request))
+            head = await answer
+        finally:
+            answer.cancel()
         await asyncio.sleep(self._proxy.latency_s)
         bodyless = self.request.method == "HEAD" or head.status in (204, 304)
         return head, _nothing() if bodyless else read_body(head, reader, to_end=True)
@@ -358,6 +362,13 @@ def _reset(writer: asyncio.StreamWriter) -> None:
         if found is not None:
             found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends RST
     writer.transport.abort()
+
+
+async def _read_answer(reader: asyncio.StreamReader) -> Head:
+    while (head := await read_head(reader)) is not None:
+        if head.status != 100:
+            return head
+    raise ConnectionResetError("the server ended the connection without an answer")
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -238,7 +238,6 @@ async def test_a_read_that_is_late_is_asked_for_again_and_the_first_answer_count
 @pytest.mark.parametrize("server", ["moto"], indirect=True)  # a question to the planner, not to a server
 @with_names({"no answer": Hang(), "stall in mid-body": Stall(after=10_000), "trickle": Trickle(20_000)})
 @pytest.mark.parametrize("known", [False, True], ids=["first load", "known link"])
-@pytest.mark.xfail(reason="a plan believes the last bandwidth measured, or none, while nothing arrives", strict=True)
 async def test_a_load_that_stalls_costs_a_quarter_of_the_prefill_at_most(
     filled: Scene, fault: Action, known: bool
 ) -> None:

@@ -50,7 +50,7 @@ async def test_a_refusal_at_run_time_is_quick_and_over_when_its_cause_is(
             for _ in range(5):
                 served = await serve(store, filled.kv)
                 assert served.tokens == 0
-                assert served.seconds < MARGIN_S
+                assert served.seconds < 2 * MARGIN_S
             assert rule.met <= 40, "a store that refuses is asked again and again"
             assert advice in str(served.error) or (fault is NO_SUCH_BUCKET and served.error is None)
         for _ in range(40):
@@ -122,4 +122,4 @@ async def test_a_token_that_stays_expired_is_not_renewed_again_and_again(
                 assert served.tokens == 0
             assert "renew the credentials" in str(served.error)
         assert rule.met <= 40
-        assert len(given_out) <= before + 8
+        assert len(given_out) <= before + 12
