@@ -85,11 +85,15 @@ class Loader:
             return self.empty(band.layer_end - band.layer_begin, tokens)
 
         tables = [chunk.table for chunk in chunks]
+        most = self._settings.range_bytes
+        if pace is not None and not pace.by_layer:
+            # The engine waits for all layers: a chunk that is whole is worth more than some layers of all chunks.
+            most = max(most, self._settings.buffer_bytes // 4)
         return Stream(
             self._reader,
             self.link,
             chunks,
-            plan_bands(tables, self._settings.range_bytes, levels=self._quality.levels),
+            plan_bands(tables, most, levels=self._quality.levels),
             allocate=allocate,
             on_lost=on_lost,
             at_once=self._chunks_at_once,

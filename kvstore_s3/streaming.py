@@ -25,7 +25,9 @@ from kvstore_s3.transfer.ranges import Band, count_levels
 _BANDS_AHEAD = 1
 """Bands that are read while one is handed over."""
 _REPLAN_S = 0.05
-"""Seconds between two looks at the plan of a load under way."""
+"""Most seconds between two looks at the plan of a load under way."""
+_MAY_LOSE = 0.25
+"""Share of the time that computing everything takes which a load may cost beyond what it saved so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,23 @@ class Pace:
 
     `prompt_tokens` is the length of the whole prompt. With `deadline_s` (to the first token, from the start of the
     load), levels of lossy objects are left out, down to the setting `lowest_profile`, where they would come too late.
-    `seconds_per_layer` is for engines that compute layer by layer while the load runs: group of layer n is needed n
-    times so long after the start.
+    `spent_s` passed before the load, such as for the lookup.
+
+    `seconds_per_layer` is for engines that compute layer by layer while the load runs: the group of layer n is needed n
+    times so long after the start. Others (0) wait for the whole: it comes as one group (or as few as the slabs allow), chunk
+    by chunk, and is given up once it has cost a quarter of the prefill more than the whole chunks that are there save.
     """
 
     prefill: PrefillSpeed
     prompt_tokens: int
     deadline_s: float | None = None
     seconds_per_layer: float = 0.0
+    spent_s: float = 0.0
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the engine starts before all layers are there."""
+        return self.seconds_per_layer > 0
 
 
 @dataclass(slots=True)
@@ -96,7 +107,11 @@ class Stream:
         self._next_band = 0
         self._groups: deque[Group] = deque()
         self._replanner: Replanner | None = None
-        self._planned_at = -_REPLAN_S
+        self._planned_at = float("-inf")
+        self._may_lose_s = float("inf")
+        if pace is not None and not pace.by_layer:
+            self._may_lose_s = _MAY_LOSE * pace.prefill.seconds(self.chunks[0].first_token, pace.prompt_tokens)
+        self._tick_s = min(_REPLAN_S, self._may_lose_s / 10)
 
     @property
     def qualities(self) -> tuple[str, ...]:
@@ -134,7 +149,7 @@ class Stream:
         assert group.task is not None
         self._groups.appendleft(group)  # so that it is cancelled with the others
         while not group.task.done():
-            await asyncio.wait({group.task}, timeout=_REPLAN_S if self._pace else None)
+            await asyncio.wait({group.task}, timeout=self._tick_s if self._pace else None)
             if not group.task.done() and self._replan():
                 self._cancel_cut()
         self._groups.popleft()
@@ -199,10 +214,15 @@ class Stream:
     def _replan(self) -> bool:
         """Look again at what is worth loading; True where the load was cut."""
         pace, now = self._pace, time.monotonic()
-        if pace is None or now - self._planned_at < _REPLAN_S:
+        if pace is None or now - self._planned_at < self._tick_s / 2:
             return False
         self._planned_at = now
-        before = self.good
+        before, whole = self.good, self._whole_chunks()
+        if self._lost_s(pace, whole, now) > self._may_lose_s:
+            self._count("loads_given_up", 1)
+            self._count("chunks_left_to_recompute", self.good - whole)
+            self.good = whole
+            return whole < before
         plan = self._first_plan(pace) if self._replanner is None else self._revise(self._replanner, now)
         for index, levels in enumerate(plan.levels[: self.good]):
             if levels < min(self.levels[index], len(self._sizes[index])):
@@ -212,6 +232,17 @@ class Stream:
             self._count("chunks_left_to_recompute", self.good - plan.keep)
             self.good = plan.keep
         return self.good < before
+
+    def _whole_chunks(self) -> int:
+        """How many chunks from the first on are read in all layers."""
+        read = zip(range(self.good), self._layers_read, strict=False)
+        return next((index for index, layers in read if layers < self._layers), self.good)
+
+    def _lost_s(self, pace: Pace, whole: int, now: float) -> float:
+        """What the load has cost so far beyond what it saves."""
+        first = self.chunks[0].first_token
+        saved_s = pace.prefill.seconds(first, first + whole * self.chunks[0].identity.tokens)
+        return now - self._begun + pace.spent_s - saved_s
 
     def _first_plan(self, pace: Pace) -> Plan:
         tokens, first_token = self.chunks[0].identity.tokens, self.chunks[0].first_token

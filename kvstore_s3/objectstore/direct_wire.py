@@ -14,6 +14,8 @@ from typing import Protocol
 
 from kvstore_s3.objectstore.s3_errors import TlsRefusedError
 
+_LOW_WATER = 256 * 1024
+"""Bytes that must have arrived until the kernel wakes a thread that waits for many: each wake-up costs CPU."""
 _SCRATCH_BYTES = 8 * 1024
 """More than a head needs; what it catches of a body is copied, so it is not much more."""
 
@@ -86,8 +88,19 @@ class PlainWire:
         return
 
     def receive(self, view: memoryview, *, fill: bool) -> int | None:
+        bulk = len(view) - _LOW_WATER
+        if not fill or bulk < _LOW_WATER:
+            return self._receive(view, socket.MSG_WAITALL if fill else 0)
+        # Not to the end of the view: of fewer bytes than the mark, the kernel would never tell.
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _LOW_WATER)
         try:
-            return self._sock.recv_into(view, 0, socket.MSG_WAITALL if fill else 0)
+            return self._receive(view[:bulk], socket.MSG_WAITALL)
+        finally:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+    def _receive(self, view: memoryview, flags: int) -> int | None:
+        try:
+            return self._sock.recv_into(view, 0, flags)
         except BlockingIOError:
             return None
 
