@@ -14,6 +14,8 @@ TEXTS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_CXX ?= clang++
 FUZZ_DIR := build/fuzz
+# Side by side, each process with one thread of its own for torch: more would only stand in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
@@ -39,10 +41,10 @@ demo: venv ## warm documents, then ask about one from a new process (STORE=minio
 	@$(BIN)/python examples/demo.py --store $(STORE) $(if $(MODEL),--model $(MODEL))
 
 test: venv ## the tests that need nothing but Python, a C++ compiler, make and git
-	@$(BIN)/python -m pytest -m "not server and not engine"
+	@$(PYTEST) -m "not server and not engine"
 
 test-servers: venv ## the tests against real S3 servers: MinIO and versitygw (built with go where absent)
-	@$(BIN)/python -m pytest -m server
+	@$(PYTEST) -m server
 
 test-engine: venv ## the tests against a real vLLM on the CPU, in an environment of its own
 	@.ci/engine-test
@@ -66,7 +68,7 @@ minio-stop: venv ## stop the MinIO of `make minio`
 	@$(BIN)/python examples/minio_server.py --stop
 
 bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
-	@for bench in hashing codec_lossless codec_chunks entropy load; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
+	@for bench in hashing digests codec_lossless codec_chunks entropy load data_plane tier_policy streaming; do echo "== $$bench"; $(BIN)/python benchmarks/$$bench.py; done
 
 # The decoders and encoders as the fuzzers link them: everything but the bindings.
 FUZZ_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Wno-pass-failed \
