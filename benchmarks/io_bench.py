@@ -55,10 +55,8 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     result: dict[str, Any] = {"bytes": []}
     with byte_server(program) as endpoint:
         result["bytes"] += measure_endpoint(endpoint, rounds)
-        result |= run_alone("integrity", endpoint, 2 * rounds)
-        result |= run_alone("streams", endpoint, 3, keep_memory=True)
-        given_back = run_alone("streams", endpoint, 3)["64 streams at once"]
-        result["64 streams at once, memory given back between loads"] = given_back
+        result |= run_alone("integrity", endpoint, 60)
+        result |= run_alone("streams", endpoint, 3)
     if tls:
         with byte_server(program, tls=make_certificate(folder)) as endpoint:
             result["bytes"] += measure_endpoint(endpoint, rounds)
@@ -90,7 +88,7 @@ def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             _verdict(f"NVMe, cold {verb}", result["disk"]["rows"][verb]["ours"]["cpu_s_per_gb"], goal, "CPU-s/GB")
         )
     streams = result["64 streams at once"]
-    verdicts.append(_verdict("integrity", result["integrity"]["share"], 0.02, "of a load's CPU time"))
+    verdicts.append(_verdict("integrity", result["integrity"]["paired_share"], 0.02, "of a load's time"))
     verdicts.append(_verdict("64 streams at once", streams["ratio"], 1.2, "of one stream's CPU-s/GB"))
     budget = streams["slab_budget"] / 2**20
     verdicts.append(_verdict("64 streams at once", streams["most_slab_bytes"] / 2**20, budget, "MiB of slabs"))

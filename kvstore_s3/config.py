@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     pin_memory: bool | None = None
     """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
 
-    reuse_bytes: Annotated[int, Field(ge=0)] = 256 * MiB
+    reuse_bytes: Annotated[int, Field(ge=0)] = 512 * MiB
     """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""
 
     upload_bytes: Annotated[int, Field(ge=MiB)] = 256 * MiB
