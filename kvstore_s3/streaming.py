@@ -39,8 +39,8 @@ class Pace:
     `spent_s` passed before the load, such as for the lookup.
 
     `seconds_per_layer` is for engines that compute layer by layer while the load runs: the group of layer n is needed n
-    times so long after the start. Others (0) wait for the whole: it comes as one group (or as few as the slabs allow), chunk
-    by chunk, and is given up once it has cost a quarter of the prefill more than the whole chunks that are there save.
+    times so long after the start. Others (0) wait for the whole: it comes as one group (or as few as the slabs allow),
+    chunk by chunk, and is given up once it has cost a quarter of the prefill more than the chunks that are there save.
     """
 
     prefill: PrefillSpeed
