@@ -139,7 +139,7 @@ class Scene:
 
     async def assert_served_in_full(self, store: KVStore) -> None:
         served = await serve(store, self.kv)
-        assert (served.tokens, served.error) == (len(TOKENS), None)
+        assert (served.tokens, served.error) == (len(TOKENS), None), served
 
     def assert_in_time(self, served: Served, store: KVStore) -> None:
         """P4: lookup and load are two requests deep, and no request outlives its deadline."""

@@ -134,7 +134,7 @@ async def healed(scene: Scene, store: object) -> None:
 
 
 async def test_connections_that_the_server_closed_while_idle_are_no_failure(filled: Scene) -> None:
-    async with filled.open(max_attempts=1) as store:
+    async with filled.open(max_attempts=1, read_timeout_s=5.0) as store:
         await filled.assert_served_in_full(store)
         for _ in range(3):
             filled.proxy.reset_connections()

@@ -81,7 +81,7 @@ async def saved_at_last(scene: Scene, store: object) -> object:
 
 async def test_writes_are_shed_before_reads_where_the_store_is_busy(filled: Scene) -> None:
     longer, more = [*TOKENS, *range(900, 900 + 4 * NAMESPACE.chunk_tokens)], random_kv(seed=1)
-    async with filled.open(breaker_pause_s=5.0, max_attempts=1) as store:
+    async with filled.open(breaker_pause_s=5.0, max_attempts=1, read_timeout_s=5.0) as store:
         with filled.proxy.fault("PutObject", SLOW_DOWN) as rule:
             for _ in range(5):
                 with pytest.raises(StoreBusyError, match="SlowDown"):
