@@ -417,6 +417,41 @@ async def test_a_cancelled_call_waits_for_its_thread() -> None:
         assert ended.is_set()
 
 
+async def test_a_call_that_the_threads_never_come_to_is_an_error_of_ours() -> None:
+    """As a CancelledError it would look like the caller's own, and a TaskGroup would take its work for done."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        go_on.wait()
+
+    threads = ThreadPoolExecutor(1)
+    running = asyncio.create_task(in_thread(threads, work))
+    queued = asyncio.create_task(in_thread(threads, work))
+    await asyncio.to_thread(begun.wait)
+    threads.shutdown(wait=False, cancel_futures=True)
+    go_on.set()
+    await running
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await queued
+
+
+async def test_a_load_whose_store_is_closed_before_it_is_decoded_is_no_hit(tmp_path: Path) -> None:
+    await fill(tmp_path)
+    store = open_at(tmp_path, codec_threads=1)
+    hit = await store.lookup(TOKENS)
+    go_on = threading.Event()
+    store._loader._threads.submit(go_on.wait)  # what is read waits for its turn
+    load = asyncio.create_task(store.load(hit))
+    async with asyncio.timeout(10):
+        while store._loader._threads._work_queue.qsize() < len(hit.chunks):
+            await asyncio.sleep(0.01)
+    await store.close()
+    go_on.set()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await load
+
+
 async def test_a_save_into_a_store_that_is_being_closed_is_an_error_of_ours(tmp_path: Path) -> None:
     store = open_at(tmp_path)
     await store.close()
