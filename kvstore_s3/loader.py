@@ -66,7 +66,7 @@ class Loader:
             max_bytes=2 * settings.range_bytes,
             gap_bytes=settings.gap_bytes,
         )
-        self._reader = Reader(self._prefetcher, self.tiers, quality, self._threads, find_calibration)
+        self._reader = Reader(self._prefetcher, self.tiers, quality, self._threads, find_calibration, count)
 
     def stream(
         self,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvstore_s3.bitstream import HINT_NAME, Header, Identity, decode_hint, parse_header, read_header_length
 from kvstore_s3.errors import DamagedObjectError
 from kvstore_s3.load import LOST, MissingCalibrationError, StoredChunk, run_all
+from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.quality import Quality
 from kvstore_s3.section_index import PROFILES
@@ -61,6 +62,7 @@ class ChunkFinder:
         miss_lifetime_s: float = 0.0,
         read_local: ReadLocal = read_nothing,
         on_delay: Callable[[float, float], None] = lambda seconds, now: None,
+        count: Count = ignore,
     ) -> None:
         self._objects = objects
         self._quality = quality
@@ -68,6 +70,7 @@ class ChunkFinder:
         self._concurrency = concurrency
         self._read_local = read_local
         self._on_delay = on_delay
+        self._count = count
         self._verdicts = Verdicts(lifetime_s=verdict_lifetime_s, miss_lifetime_s=miss_lifetime_s)
         self._told: set[int] = set()
 
@@ -206,6 +209,7 @@ class ChunkFinder:
         """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
         if not self.is_lost(identity) and not isinstance(error, MissingCalibrationError):
             log.warning("%s is treated as a miss: %s", object_key(identity), error)
+        self._count("chunks_lost", 1)
         self._verdicts.lose(identity.key)
 
     def is_lost(self, identity: Identity) -> bool:

@@ -13,6 +13,7 @@ from kvstore_s3.bitstream import Header, Identity, parse_header
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, in_thread
+from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.quality import Quality
 from kvstore_s3.tiers import Extent, Tiers
 from kvstore_s3.transfer.prefetcher import Prefetcher
@@ -44,6 +45,7 @@ class Reader:
     quality: Quality
     threads: Executor
     find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
+    count: Count = ignore
     _keeping: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def read_chunk(self, chunk: StoredChunk, band: Band, levels: int, out: Bits, *, urgency: float) -> Header:
@@ -55,6 +57,7 @@ class Reader:
         """
         header = await self._read(chunk, band, levels, out, urgency, self.tiers)
         if header is None:
+            self.count("tier_damage", 1)
             self.tiers.drop(chunk.object_key)
             header = await self._read(chunk, band, levels, out, urgency, _NO_TIERS)
         assert header is not None  # without tiers, damage is raised

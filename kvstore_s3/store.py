@@ -95,6 +95,7 @@ class KVStore:
             miss_lifetime_s=settings.miss_lifetime_s,
             read_local=self._loader.tiers.read_start,
             on_delay=self._loader.link.bandwidth.observe_delay,
+            count=counters.add,
         )
         self._described = False
         self._told_lossy = False

@@ -138,6 +138,7 @@ async def test_damage_on_nvme_is_dropped_and_read_from_the_store(
         requests = Requests(store, monkeypatch)
         assert torch.equal(await load_all(store), kv)
         assert requests.bytes > 0
+        assert store.counters.snapshot()["tier_damage"] == 1
         assert not [record for record in caplog.records if "treated as a miss" in record.getMessage()]
         await load_all(store)  # what was kept after the damage may lack the bands before it
         requests.bytes = 0

@@ -164,6 +164,7 @@ async def test_a_wrong_answer_ends_the_hit_before_it(filled: Scene, fault: Actio
             asked = filled.proxy.count("GetObject")
             assert (await store.lookup(TOKENS)).tokens <= served.tokens, "what failed is offered again at once"
             assert filled.proxy.count("GetObject") == asked
+        assert store.counters.snapshot()["chunks_lost"] == 1
 
 
 @pytest.mark.parametrize("of", [1, 3], ids=["the chunk before", "the chunk behind"])
