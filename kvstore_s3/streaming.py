@@ -136,7 +136,8 @@ class Stream:
 
     def _start_groups(self) -> None:
         while self._next_band < len(self._bands) and len(self._groups) <= _BANDS_AHEAD:
-            self._replan()
+            if self._replan():
+                self._cancel_cut()
             if not self.good:
                 return
             band = self._bands[self._next_band]
@@ -185,6 +186,7 @@ class Stream:
             self._layers_read[index] += band.layer_end - band.layer_begin
         except LOST as error:
             self.good = min(self.good, index)
+            self._cancel_cut()  # nobody waits for what lies behind it, least of all where the link hangs
             self._on_lost(chunk.identity, error)
         finally:
             self._headers[index].set()
@@ -192,7 +194,7 @@ class Stream:
     def _cancel_cut(self) -> None:
         for group in self._groups:
             for index, job in group.jobs.items():
-                if index >= self.good:
+                if index >= self.good and job is not asyncio.current_task():
                     job.cancel()
 
     def _urgency(self, band: Band) -> float:
@@ -219,9 +221,10 @@ class Stream:
         self._planned_at = now
         before, whole = self.good, self._whole_chunks()
         if self._lost_s(pace, whole, now) > self._may_lose_s:
-            self._count("loads_given_up", 1)
-            self._count("chunks_left_to_recompute", self.good - whole)
-            self.good = whole
+            if whole < before:
+                self._count("loads_given_up", 1)
+                self._count("chunks_left_to_recompute", before - whole)
+                self.good = whole
             return whole < before
         plan = self._first_plan(pace) if self._replanner is None else self._revise(self._replanner, now)
         for index, levels in enumerate(plan.levels[: self.good]):

@@ -6,12 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Pace, PrefillSpeed, Settings
+from kvstore_s3.errors import ObjectNotFoundError
+from kvstore_s3.planner import Plan, Replanner
+from kvstore_s3.streaming import Stream
 
 LAYOUT = KVLayout(layers=4, kv_heads=4, head_dim=64, dtype="bfloat16")
 NAMESPACE = Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=64)
@@ -40,8 +44,8 @@ class SlowLink:
 
 
 @asynccontextmanager
-async def opened(path: Path, **given: object) -> AsyncIterator[KVStore]:
-    settings = Settings(chunk_tokens=64, layer_group=2, range_bytes=64 * 1024, hedge_ratio=0, **given)  # type: ignore[arg-type]
+async def opened(path: Path, *, layer_group: int = 2, **given: object) -> AsyncIterator[KVStore]:
+    settings = Settings(chunk_tokens=64, layer_group=layer_group, range_bytes=64 * 1024, hedge_ratio=0, **given)  # type: ignore[arg-type]
     async with KVStore.open(path.as_uri(), NAMESPACE, settings) as store:
         yield store
     assert store._loader.slabs.leased == 0
@@ -122,3 +126,59 @@ async def test_quality_is_never_lowered_unless_that_is_allowed(tmp_path: Path, m
         hit = await store.lookup(TOKENS)
         assert (await store.load(hit, pace=pace)).shape[2] == len(TOKENS)
         assert hit.quality == "near-lossless"
+
+
+@pytest.mark.parametrize("pace", [None, Pace(PrefillSpeed(seconds_per_token=0.001), prompt_tokens=len(TOKENS))])
+async def test_what_lies_behind_a_lost_object_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: Pace | None
+) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+        await measured(store)
+        hit = await store.lookup(TOKENS)
+        keys, hanging, get_range = [chunk.object_key for chunk in hit.chunks], asyncio.Event(), store.objects.get_range
+
+        async def read(key: str, start: int, into: memoryview) -> None:
+            if key == keys[2]:
+                await hanging.wait()
+                raise ObjectNotFoundError(key)
+            if key in keys[3:]:
+                hanging.set()
+                await asyncio.Event().wait()
+            await get_range(key, start, into)
+
+        monkeypatch.setattr(store.objects, "get_range", read)
+        async with asyncio.timeout(5):
+            kv = await store.load(hit, pace=pace)
+        assert torch.equal(kv, draw_kv()[:, :, : 2 * 64])
+        assert "loads_given_up" not in store.counters.snapshot()
+
+
+async def test_what_is_cut_between_two_groups_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, layer_group=1, download_concurrency=64) as store:
+        await store.save(TOKENS, draw_kv())
+        hit = await store.lookup(TOKENS)
+        behind, get_range, running = (
+            [chunk.object_key for chunk in hit.chunks[3:]],
+            store.objects.get_range,
+            Stream._revise,
+        )
+
+        async def read(key: str, start: int, into: memoryview) -> None:
+            await asyncio.sleep(0.03)
+            if start > 0 and key in behind:
+                await asyncio.Event().wait()
+            await get_range(key, start, into)
+
+        def revise(stream: Stream, replanner: Replanner, now: float) -> Plan:
+            planned = running(stream, replanner, now)
+            return replace(planned, keep=3) if len(stream._groups) == 1 and stream._next_band == 2 else planned
+
+        monkeypatch.setattr(store.objects, "get_range", read)
+        monkeypatch.setattr(Stream, "_revise", revise)
+        pace = Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS), seconds_per_layer=0.001)
+        async with asyncio.timeout(5):
+            tokens = [group.tokens async for group in store.stream(hit, pace=pace)]
+        assert tokens == [3 * 64] * 4
