@@ -11,9 +11,10 @@ import sys
 import textwrap
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -436,16 +437,26 @@ async def test_a_call_that_the_threads_never_come_to_is_an_error_of_ours() -> No
         await queued
 
 
-async def test_a_load_whose_store_is_closed_before_it_is_decoded_is_no_hit(tmp_path: Path) -> None:
+async def test_a_load_whose_store_is_closed_before_it_is_decoded_is_no_hit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await fill(tmp_path)
     store = open_at(tmp_path, codec_threads=1)
     hit = await store.lookup(TOKENS)
-    go_on = threading.Event()
-    store._loader._threads.submit(go_on.wait)  # what is read waits for its turn
+    go_on, all_wait = threading.Event(), asyncio.Event()
+    threads = store._loader._threads
+    threads.submit(go_on.wait)  # what is read waits for its turn
+    submit = threads.submit
+
+    def watch(*work: Any) -> Future[None]:
+        future = submit(*work)
+        if threads._work_queue.qsize() == len(hit.chunks):
+            all_wait.set()
+        return future
+
+    monkeypatch.setattr(threads, "submit", watch)
     load = asyncio.create_task(store.load(hit))
-    async with asyncio.timeout(10):
-        while store._loader._threads._work_queue.qsize() < len(hit.chunks):
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(all_wait.wait(), 10)
     await store.close()
     go_on.set()
     with pytest.raises(StoreUnavailableError, match="closed"):

@@ -98,7 +98,7 @@ class Prefetcher:
             missing = list(range(len(ranges))) if near is None else await _read_near(fetch, near)
             plan = plan_ranges([ranges[n] for n in missing], max_bytes=self._max_bytes, gap_bytes=self._gap_bytes)
             for request in plan:
-                request = replace(request, parts=tuple(missing[part] for part in request.parts))
+                request = replace(request, parts=fetch.parts_of(request, missing))
                 fetch.requests.append((request, fetch.target_of(request)))
             await _run_all([self._read_request(fetch, *each) for each in fetch.requests])
             yield fetch.views()
@@ -133,6 +133,17 @@ class _Fetch:
     def place_of(self, number: int) -> memoryview:
         start, end = self.ranges[number]
         return self.slab.view[self.places[number] : self.places[number] + end - start]
+
+    def parts_of(self, request: Request, missing: Sequence[int]) -> tuple[int, ...]:
+        """Numbers of the ranges that `request`, planned for the `missing` ones, writes: those in its gaps, too.
+
+        A range that was found near and lies in a gap is written once more. It must be taken from where the request's
+        bytes end up: in the other place, a second try that lost may still be writing.
+        """
+        if len(request.parts) == 1:
+            return (missing[request.parts[0]],)
+        inside = (request.start <= start and end <= request.end for start, end in self.ranges)
+        return tuple(number for number, is_inside in enumerate(inside) if is_inside)
 
     def target_of(self, request: Request) -> Target:
         """Where `request` writes. A piece of a range must lie beside the others in the end."""

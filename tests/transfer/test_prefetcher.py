@@ -425,6 +425,24 @@ async def test_a_gap_that_a_near_range_fills_is_read_along_where_it_is_small(rig
     assert source.asked == [("k", 0, 5000)]
 
 
+async def test_a_near_range_in_a_gap_is_not_where_a_loser_still_writes(rig: MakeRig) -> None:
+    first, second = Answer(), Answer()
+    second.go.set()
+    source = Source(first, second)
+    made = rig(source, hedge=Late(0.02), gap_bytes=16)
+
+    async def near(key: str, start: int, into: memoryview) -> bool:
+        into[:] = DATA[start : start + len(into)]
+        return start == 20
+
+    async with made.prefetcher.fetch_ranges("k", [(0, 10), (20, 24), (26, 5000)], near=near) as views:
+        assert len(source.writing) == 1, "the loser has not ended yet"
+        for view in views:
+            begin = address_of(view)
+            assert all(end <= begin or begin + len(view) <= start for start, end in source.writing)
+        assert [bytes(view) for view in views] == [DATA[0:10], DATA[20:24], DATA[26:5000]]
+
+
 async def test_overlapping_ranges_are_refused(rig: MakeRig) -> None:
     with pytest.raises(InvalidArgumentError):
         async with rig(Source()).prefetcher.fetch_ranges("k", [(0, 10), (9, 20)]):
