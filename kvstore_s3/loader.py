@@ -85,7 +85,8 @@ class Loader:
             return self.empty(band.layer_end - band.layer_begin, tokens)
 
         tables = [chunk.table for chunk in chunks]
-        most = self._settings.range_bytes
+        # Each chunk's share of a band needs one slab, so it must fit into the pool; and the next one beside it.
+        most = min(self._settings.range_bytes, self._settings.buffer_bytes // 2)
         if pace is not None and not pace.by_layer:
             # The engine waits for all layers: a chunk that is whole is worth more than some layers of all chunks.
             most = max(most, self._settings.buffer_bytes // 4)

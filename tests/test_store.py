@@ -398,6 +398,17 @@ async def test_a_hit_of_another_namespace_is_refused(tmp_path: Path) -> None:
                 await anext(store.stream(hit))
 
 
+async def test_slabs_that_hold_less_than_an_object_are_enough(tmp_path: Path) -> None:
+    layout = KVLayout(layers=8, kv_heads=8, head_dim=64, dtype="bfloat16")
+    namespace = Namespace(model="tiny", revision="1", layout=layout, chunk_tokens=256)
+    kv = random_kv(256, layout)
+    settings = Settings(layer_group=2, buffer_bytes=1024 * 1024)
+    async with KVStore.open(tmp_path.as_uri(), namespace, settings) as store:
+        saved = await store.save(range(256), kv)
+        assert saved.bytes > 2 * settings.buffer_bytes
+        assert same_bits(await store.load(await store.lookup(range(256))), kv)
+
+
 async def test_a_cancelled_call_waits_for_its_thread() -> None:
     started, ended = threading.Event(), threading.Event()
 

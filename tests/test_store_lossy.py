@@ -260,6 +260,15 @@ async def test_a_lossy_reader_takes_lossless_objects_and_replaces_none(url: str)
     assert error_of(loaded, kv) > 0
 
 
+async def test_a_hit_of_a_reader_who_asked_for_less_gives_nothing_lossy(url: str) -> None:
+    await fill(url, "small")
+    async with open_store(url, "small") as less, open_store(url, "lossless") as more:
+        for thorough in (False, True):  # without the headers, and with them
+            hit = await less.lookup(TOKENS, thorough=thorough)
+            assert hit.tokens == WHOLE
+            assert (await more.load(hit)).shape[2] == 0
+
+
 @pytest.mark.parametrize(("before", "after"), [("lossless", "balanced"), ("balanced", "lossless")])
 async def test_a_hit_tells_the_quality_of_what_was_read_and_not_of_what_was_found(
     url: str, before: str, after: str
