@@ -15,6 +15,7 @@ from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, in_thread
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.quality import Quality
+from kvstore_s3.section_index import SectionTable
 from kvstore_s3.tiers import Extent, Tiers
 from kvstore_s3.transfer.prefetcher import Prefetcher
 from kvstore_s3.transfer.ranges import Band, BandRange, band_ranges, count_levels, has_boundaries
@@ -78,6 +79,7 @@ class Reader:
         async with self._bring(chunk.object_key, ranges, urgency, tiers) as brought:
             try:
                 header = chunk.header or self._parse_header(brought.pieces[0][1], chunk.identity)
+                self._check_quality(header.table)
                 if header.table == chunk.table:
                     calibration = await self._find_calibration(header)
                     work = (header, chunk.first_token, calibration, band, brought.pieces, out)
@@ -140,12 +142,15 @@ class Reader:
         task.add_done_callback(self._keeping.discard)
 
     def _parse_header(self, data: memoryview, identity: Identity) -> Header:
-        header = parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
-        levels = count_levels(header.table)
-        if not self.quality.is_met_by(header.table.profile, levels):
-            found = f"the object has {levels} levels, profile {self.quality.name!r} needs {self.quality.levels}"
-            raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, found)
-        return header
+        return parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)
+
+    def _check_quality(self, table: SectionTable) -> None:
+        """Refuse an object that is not as good as was asked for: the hit may be of a reader that asked for less."""
+        levels = count_levels(table)
+        if not self.quality.is_met_by(table.profile, levels):
+            found = f"an object of header profile {table.profile} with {levels} levels"
+            needs = f"{found} is less than profile {self.quality.name!r} needs"
+            raise DamagedObjectError(BitstreamFault.UNSUPPORTED_FEATURE, needs)
 
     async def _find_calibration(self, header: Header) -> Calibration | None:
         if header.calibration is None:
