@@ -64,6 +64,10 @@ class Reader:
         assert header is not None  # without tiers, damage is raised
         return header
 
+    def is_near(self, key: str, start: int, end: int) -> bool:
+        """Whether a tier will probably give these bytes of an object."""
+        return self.tiers.covers(key, Extent(start, end))
+
     async def settle(self) -> None:
         """Wait until what is on its way into the tiers has arrived."""
         while self._keeping:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvstore_s3.bitstream import Identity, SectionTable
+from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.encode import view_bits
 from kvstore_s3.load import LOST, StoredChunk
@@ -101,7 +101,7 @@ class Stream:
         self._lowest = find_quality(lowest_profile).levels if lowest_profile else reader.quality.levels
         self._headers = [asyncio.Event() for _ in self.chunks]
         self._layers_read = [0] * len(self.chunks)
-        self._sizes = [_level_bytes(chunk.table, reader.quality.levels) for chunk in self.chunks]
+        self._sizes = [_level_bytes(chunk, reader, planned=pace is not None) for chunk in self.chunks]
         self._layers = bands[-1].layer_end - bands[0].layer_begin
         self._begun = time.monotonic()
         self._next_band = 0
@@ -288,13 +288,17 @@ class Stream:
         return self._link.wait_s(id(self), self._urgency(band))
 
 
-def _level_bytes(table: SectionTable, levels: int) -> tuple[int, ...]:
-    """Stored bytes up to each of the first `levels` levels, or of those there are."""
-    levels = min(levels, count_levels(table))
+def _level_bytes(chunk: StoredChunk, reader: Reader, *, planned: bool) -> tuple[int, ...]:
+    """Stored bytes up to each of the levels that are read; where it matters to a plan, without those that are near."""
+    levels = min(reader.quality.levels, count_levels(chunk.table))
+    wanted = [section for section in chunk.table.sections if section.level < levels]
     sizes = [0] * levels
-    for section in table.sections:
-        for level in range(section.level, levels):
-            sizes[level] += section.stored_length
+    if planned and reader.is_near(chunk.object_key, wanted[0].offset, wanted[-1].end):
+        return tuple(sizes)
+    for section in wanted:
+        if not (planned and reader.is_near(chunk.object_key, section.offset, section.end)):
+            for level in range(section.level, levels):
+                sizes[level] += section.stored_length
     return tuple(sizes)
 
 

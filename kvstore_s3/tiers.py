@@ -36,16 +36,20 @@ def level_extents(table: SectionTable) -> list[Extent]:
 class Tiers:
     """Both tiers, or one, or none. For one event loop."""
 
-    def __init__(self, host: HostTier | None = None, nvme: NvmeTier | None = None) -> None:
+    def __init__(
+        self, host: HostTier | None = None, nvme: NvmeTier | None = None, *, arena: Arena | None = None
+    ) -> None:
         self._host = host
         self._nvme = nvme
+        self._arena = arena
 
     @classmethod
     def open(cls, settings: Settings, count: Count = ignore) -> Tiers:
         """The tiers that `settings` ask for."""
-        host = nvme = None
+        host = nvme = arena = None
         if settings.host_tier_bytes:
-            host = HostTier(Arena(settings.host_tier_bytes, pin=settings.pin_memory), count=count)
+            arena = Arena(settings.host_tier_bytes, pin=settings.pin_memory)
+            host = HostTier(arena, count=count)
         if settings.nvme_tier_dir is not None:
             nvme = NvmeTier(
                 settings.nvme_tier_dir,
@@ -53,7 +57,7 @@ class Tiers:
                 threads=settings.download_concurrency,
                 count=count,
             )
-        return cls(host, nvme)
+        return cls(host, nvme, arena=arena)
 
     def __bool__(self) -> bool:
         return self._host is not None or self._nvme is not None
@@ -64,15 +68,17 @@ class Tiers:
             await self._nvme.start()
 
     def borrow(self, key: str, extent: Extent) -> AbstractContextManager[memoryview] | None:
-        """The bytes where they lie in host memory, kept there while the context is open; None: not there."""
+        """The bytes where they lie in host memory, kept while the context is open; None: not there in one piece."""
         return self._host.borrow(key, *extent) if self._host else None
 
     def covers(self, key: str, extent: Extent) -> bool:
         """Whether `read` will probably succeed."""
-        return self._nvme is not None and self._nvme.covers(key, *extent)
+        return any(tier is not None and tier.covers(key, *extent) for tier in (self._host, self._nvme))
 
     async def read(self, key: str, start: int, into: memoryview) -> bool:
-        """Fill `into` from NVMe. False: it is not there, or cannot be read; `into` is then undefined."""
+        """Fill `into` from a tier. False: it is not there, or cannot be read; `into` is then undefined."""
+        if self._host is not None and self._host.read(key, start, into):
+            return True
         return self._nvme is not None and await self._nvme.read(key, start, into)
 
     async def read_start(self, key: str, length: int) -> bytes | None:
@@ -109,3 +115,5 @@ class Tiers:
         for tier in (self._host, self._nvme):
             if tier is not None:
                 await tier.close()
+        if self._arena is not None:
+            self._arena.close()  # page-locked memory is unlocked before it is unmapped

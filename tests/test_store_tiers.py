@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
+from kvstore_s3 import KVLayout, KVStore, Namespace, Pace, PrefillSpeed, Settings
 from kvstore_s3.objectstore.base import ObjectInfo
 
 LAYOUT = KVLayout(layers=6, kv_heads=4, head_dim=64, dtype="bfloat16")
@@ -203,3 +203,35 @@ async def test_a_lossy_reader_keeps_the_levels_it_read(tmp_path: Path, monkeypat
         best = await load_all(store)
         assert requests.bytes > 0
         assert (best - kv).float().pow(2).mean() < (small - kv).float().pow(2).mean()
+
+
+@pytest.mark.parametrize("tiers", [host, nvme])
+async def test_what_is_near_is_loaded_however_slow_the_link_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiers: Callable[[Path], dict[str, object]]
+) -> None:
+    kv = await fill(tmp_path)
+    async with opened(tmp_path, **tiers(tmp_path)) as store:
+        turn, get_range = asyncio.Lock(), store.objects.get_range
+
+        async def slowly(key: str, start: int, into: memoryview) -> None:
+            async with turn:
+                await asyncio.sleep(len(into) / 2e6)
+                await get_range(key, start, into)
+
+        monkeypatch.setattr(store.objects, "get_range", slowly)
+        await load_all(store)  # in groups of layers, as they are kept then
+        requests = Requests(store, monkeypatch)
+        pace = Pace(PrefillSpeed(seconds_per_token=0.001), prompt_tokens=len(TOKENS))
+        assert pace.prefill.seconds(0, len(TOKENS)) < kv.nbytes / 2e6 / 2
+        assert torch.equal(await store.load(await store.lookup(TOKENS), pace=pace), kv)
+        assert requests.bytes == 0
+
+
+async def test_the_memory_of_the_host_tier_is_let_go_with_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr("kvstore_s3.tiers.Arena.close", lambda arena: closed.append(arena.size))
+    async with opened(tmp_path, host_tier_bytes=2 * MiB):
+        pass
+    assert 2 * MiB in closed

@@ -63,8 +63,8 @@ class HostTier:
         return TierStats(len(self._extents), self._eviction.bytes, self._memory.size)
 
     def covers(self, key: str, start: int, end: int) -> bool:
-        """Whether `borrow` would answer."""
-        return start < end and self._extents.holding(key, start, end) is not None
+        """Whether `read` would answer, and `borrow` where one extent holds all."""
+        return start < end and self._extents.covers(key, start, end)
 
     def borrow(self, key: str, start: int, end: int) -> AbstractContextManager[memoryview] | None:
         extent = self._extents.holding(key, start, end) if start < end else None
@@ -73,6 +73,15 @@ class HostTier:
         self._eviction.visit(extent, time.monotonic())
         self._count("host_hit_bytes", end - start)
         return _Loan(self._blocks[extent], start - extent.start, end - extent.start, self._free_unused)
+
+    def read(self, key: str, start: int, into: memoryview) -> bool:
+        """Copy the bytes from `start` on, which may lie in several extents. False: not all of them are here."""
+        parts = self._extents.parts(key, start, start + len(into))
+        for extent, begin, end in parts:
+            self._eviction.visit(extent, time.monotonic())
+            into[begin - start : end - start] = self._blocks[extent].memory[begin - extent.start : end - extent.start]
+        self._count("host_hit_bytes", len(into) if parts else 0)
+        return bool(parts)
 
     def offer(self, key: str, start: int, data: memoryview) -> bool:
         extent = Extent(key, start, start + len(data))

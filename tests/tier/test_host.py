@@ -69,8 +69,10 @@ def test_ranges_that_are_not_kept_in_one_piece_are_not_lent(tier: MemoryTier) ->
     tier.offer("a", 0, memoryview(bytes(100)))
     tier.offer("a", 100, memoryview(bytes(100)))
     for key, start, end in (("a", 50, 150), ("a", 150, 201), ("b", 0, 10), ("a", 5, 5)):
-        assert not tier.covers(key, start, end)
         assert tier.borrow(key, start, end) is None
+    assert not tier.covers("a", 150, 201)
+    assert not tier.covers("b", 0, 10)
+    assert not tier.covers("a", 5, 5)
 
 
 def test_the_offered_buffer_may_change_afterwards(tier: MemoryTier) -> None:
@@ -165,3 +167,17 @@ def test_random_work_leaks_nothing(tier: MemoryTier, memory: Blocks) -> None:
     for number in range(6):
         tier.drop(f"k{number}")
     assert memory.used == 0
+
+
+def test_bytes_in_several_extents_are_read_together(tier: MemoryTier, counters: Counters) -> None:
+    data = content(5000)
+    tier.offer("a", 100, memoryview(data)[:2000])
+    tier.offer("a", 2100, memoryview(data)[2000:])
+    into = bytearray(4000)
+    assert tier.borrow("a", 600, 4600) is None
+    assert tier.covers("a", 600, 4600)
+    assert tier.read("a", 600, memoryview(into))
+    assert into == data[500:4500]
+    assert counters.snapshot()["host_hit_bytes"] == 4000
+    assert not tier.read("a", 1200, memoryview(into))
+    assert not tier.read("b", 600, memoryview(into))
