@@ -11,6 +11,9 @@ TINY = 64 * 1024
 _ENOUGH = 1024 * 1024
 """Bytes that a sample of the rate takes: less is noise."""
 
+_LEAST_BUSY_S = 1e-6
+"""A shorter sample is the clock's doing."""
+
 _MEMORY_S = 0.5
 """Seconds of transfer after which an old sample weighs 1/e."""
 
@@ -74,7 +77,7 @@ class Bandwidth:
         partly = others * moved / len(self._reads) / 2
         credited = moved - self._carried + partly
         busy = self._busy_seconds()
-        if credited > 0 and busy > 0:
+        if credited > 0 and busy >= _LEAST_BUSY_S:
             self._take(credited / busy, busy, waiting_mostly=self._waiting_mostly(others))
         self._reads.clear()
         self._since, self._carried = now, partly

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from simulated_link import MB, SimulatedLink, run_window
 
@@ -98,6 +98,7 @@ def test_the_least_of_long_ago_is_forgotten() -> None:
     assert least.least == 4.0
 
 
+@example([(1 << 30, 0.0, 5e-324, 1)])
 @given(
     st.lists(st.tuples(st.integers(1, 1 << 30), st.floats(0, 100), st.floats(0, 10), st.integers(0, 300)), max_size=60)
 )
