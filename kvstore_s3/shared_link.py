@@ -33,12 +33,16 @@ class SharedLink:
             self._last_end = time.monotonic()
 
     def bytes_per_s(self) -> float | None:
-        """The rate as it was measured, or less, where nothing has arrived for longer than that rate explains."""
+        """The rate as it was measured, or less, where nothing has arrived for longer than that rate explains.
+
+        None where nothing is known: nothing has ever arrived, and nothing has been waited for long.
+        """
         rate = self.bandwidth.bytes_per_s
         silent_s = time.monotonic() - self._last_end
-        if rate is None or not self._under_way or silent_s <= late_after(self._under_way, rate):
+        if not self._under_way or silent_s <= late_after(self._under_way, rate):
             return rate
-        return min(rate, self._under_way / silent_s)
+        most = self._under_way / silent_s
+        return most if rate is None else min(rate, most)
 
     def wait_s(self, load: int, mine: float) -> float:
         """Seconds until a load of urgency `mine` gets its first byte."""

@@ -182,3 +182,21 @@ async def test_what_is_cut_between_two_groups_is_not_waited_for(
         async with asyncio.timeout(5):
             tokens = [group.tokens async for group in store.stream(hit, pace=pace)]
         assert tokens == [3 * 64] * 4
+
+
+@pytest.mark.parametrize("seconds_per_layer", [0.0, 0.001])
+async def test_a_link_that_never_brought_a_byte_is_given_up_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds_per_layer: float
+) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, draw_kv())
+
+        async def read(key: str, start: int, into: memoryview) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(store.objects, "get_range", read)
+        prefill = PrefillSpeed(seconds_per_token=0.0005)
+        pace = Pace(prefill, prompt_tokens=len(TOKENS), seconds_per_layer=seconds_per_layer)
+        hit = await store.lookup(TOKENS)
+        async with asyncio.timeout(5):
+            assert (await store.load(hit, pace=pace)).shape[2] == 0
