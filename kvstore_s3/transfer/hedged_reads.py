@@ -87,9 +87,9 @@ class HedgedReads:
         return began
 
     async def close(self) -> None:
-        """Await the end of reads that lost."""
-        while self._tries:
-            await asyncio.wait(set(self._tries))
+        """Await the end of reads that lost, and not of others: those may take as long as the store lets them."""
+        while losers := {task for task in self._tries if task.cancelling()}:
+            await asyncio.wait(losers)
 
     async def _race(self, key: str, start: int, target: Target, late_s: float) -> float:
         first = self._begin(key, start, target)

@@ -253,6 +253,14 @@ async def test_a_late_read_is_asked_for_again_and_the_second_wins(rig: MakeRig) 
     assert made.pool.leased == 0
 
 
+async def test_closing_does_not_wait_for_reads_that_have_not_lost(rig: MakeRig) -> None:
+    first, second = Answer(), Answer()
+    made, task = await late_pair(rig, first, second)
+    await asyncio.wait_for(made.prefetcher.close(), 5)
+    first.go.set()
+    assert await task == DATA[100:5100]
+
+
 async def test_the_first_may_still_win(rig: MakeRig) -> None:
     first, second = Answer(), Answer()
     made, task = await late_pair(rig, first, second)
