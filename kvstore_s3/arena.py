@@ -104,7 +104,9 @@ def _map(size: int) -> mmap.mmap:
     try:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise KVStoreError(f"the system does not give {size} bytes of memory ({error}); set smaller buffers") from error
+        raise KVStoreError(
+            f"the system does not give {size} bytes of memory ({error}); set a smaller buffer_bytes or host_tier_bytes"
+        ) from error
 
 
 def _pin(memory: mmap.mmap, address: int, size: int, *, insist: bool) -> bool:

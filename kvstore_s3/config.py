@@ -12,7 +12,8 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,6 +26,17 @@ from kvstore_s3.errors import InvalidArgumentError
 
 MiB = 1024 * 1024
 _PREFIX = "KVSTORE_S3_"
+
+
+def _find_absolute(path: Path) -> Path:
+    """The path with `~` for the home directory. Another one for each working directory would be shared by nobody."""
+    try:
+        path = path.expanduser()
+    except RuntimeError as error:
+        raise PydanticCustomError("no_home", "the home directory is not known; give an absolute path") from error
+    if not path.is_absolute():
+        raise PydanticCustomError("relative_path", "give an absolute path")
+    return path
 
 
 class Settings(BaseSettings):
@@ -115,8 +127,8 @@ class Settings(BaseSettings):
     host_tier_bytes: Annotated[int, Field(ge=0)] = 0
     """Encoded bytes kept in this process's memory in front of the other tiers. 0: none."""
 
-    nvme_tier_dir: Path | None = None
-    """Directory on a local disk that keeps objects in front of the store; processes may share it."""
+    nvme_tier_dir: Annotated[Path, AfterValidator(_find_absolute)] | None = None
+    """Directory on a local disk that keeps objects in front of the store, absolute; processes may share it."""
 
     nvme_tier_bytes: Annotated[int, Field(ge=16 * MiB)] = 64 * 1024 * MiB
     """Budget of `nvme_tier_dir`, for all processes that share it together."""

@@ -87,7 +87,7 @@ def test_sizes_below_one_are_refused(size: int) -> None:
 
 
 def test_more_than_the_system_has_is_an_error_that_says_so() -> None:
-    with pytest.raises(KVStoreError, match="set smaller buffers"):
+    with pytest.raises(KVStoreError, match="smaller buffer_bytes or host_tier_bytes"):
         Arena(1 << 60, pin=False)
 
 

@@ -69,3 +69,13 @@ def test_every_setting_is_documented() -> None:
     for name in Settings.model_fields:
         _, _, after = text.partition(f"\n    {name}: ")
         assert after.partition("\n")[2].startswith('    """'), name
+
+
+def test_the_directory_of_the_nvme_tier_is_the_same_from_every_working_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert load_settings(nvme_tier_dir="~/kv").nvme_tier_dir == Path("/home/somebody/kv")
+    monkeypatch.setenv("KVSTORE_S3_NVME_TIER_DIR", "near/kv")
+    with pytest.raises(InvalidArgumentError, match=r"KVSTORE_S3_NVME_TIER_DIR.*absolute path.*near/kv"):
+        load_settings()
