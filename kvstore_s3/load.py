@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_CLOSED = "the store was closed; open it again"
-
 LOST = (DamagedObjectError, ObjectNotFoundError)
 """What ends a hit instead of failing it."""
 
@@ -133,21 +131,8 @@ async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -
     try:
         call = threads.submit(function, *args)
     except RuntimeError as error:
-        raise StoreUnavailableError(_CLOSED) from error
-    cancelled = False
-
-    def cancel() -> None:
-        nonlocal cancelled
-        cancelled = True
-        call.cancel()
-
-    try:
-        return await finish(asyncio.wrap_future(call), on_cancel=cancel)
-    except asyncio.CancelledError as error:
-        if cancelled:
-            raise
-        # Nobody cancelled this task. A TaskGroup would take it for one that ended in order, and its values for right.
-        raise StoreUnavailableError(_CLOSED) from error
+        raise StoreUnavailableError("the store was closed; open it again") from error
+    return await finish(asyncio.wrap_future(call), on_cancel=call.cancel)
 
 
 async def run_all(work: Sequence[Awaitable[None]]) -> None:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from kvstore_s3.errors import StoreUnavailableError
+
 T = TypeVar("T")
 
 
@@ -13,7 +15,8 @@ async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | N
     """Await to the end even when cancelled meanwhile; the cancellation is raised only then.
 
     For work that goes on whether it is awaited or not (a thread that writes into the caller's buffer), and for
-    cleaning up (an abort that must reach the server). `on_cancel` may ask the work to end sooner.
+    cleaning up (an abort that must reach the server). `on_cancel` may ask the work to end sooner. Raises
+    `StoreUnavailableError` where somebody else cancelled the work, as the end of a store does.
     """
     future = asyncio.ensure_future(awaitable)
     cancellation: asyncio.CancelledError | None = None
@@ -25,6 +28,8 @@ async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | N
             if on_cancel is not None:
                 on_cancel()
     if cancellation is None:
+        if future.cancelled():  # a CancelledError would pass for the caller's own: a TaskGroup takes it for success
+            raise StoreUnavailableError("the store was closed; open it again")
         return future.result()
     if not future.cancelled():
         future.exception()  # marks it as seen: the cancellation counts for more

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.objectstore.awaiting import finish
 
 
@@ -53,3 +54,12 @@ async def test_a_cancellation_counts_for_more_than_the_error_that_follows() -> N
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_work_that_somebody_else_cancelled_is_an_error_and_no_cancellation() -> None:
+    work = asyncio.create_task(asyncio.Event().wait())
+    waiting = asyncio.create_task(finish(work))
+    await asyncio.sleep(0)
+    work.cancel()
+    with pytest.raises(StoreUnavailableError, match="closed"):
+        await waiting
