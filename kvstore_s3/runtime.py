@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.config import Settings
@@ -20,12 +20,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_CLOSED = "the store is closed; connect again"
+_INHERITED = "the store belongs to the process that this one was forked from; connect again"
+
 
 class Runtime:
     """An event loop in a daemon thread. `close` cancels what is still running and waits for it."""
 
     def __init__(self) -> None:
         self._process = os.getpid()  # a fork has no such thread
+        self._closing = False
+        self._submitting = threading.Lock()  # what is submitted after the loop's end would be waited for forever
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
         self._thread.start()
@@ -33,24 +38,34 @@ class Runtime:
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Start `work` on the loop; cancelling the future cancels it there."""
         self._check_open(work)
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._submitting:
+            self._check_open(work)
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` and wait. An interrupt (Ctrl-C) cancels it and waits until it has cleaned up."""
+        """Run `work` and wait. An interrupt (Ctrl-C) cancels it and waits until it has cleaned up.
+
+        Raises `StoreUnavailableError` where the runtime is closed before it has ended.
+        """
         self._check_open(work)
         started: list[asyncio.Task[Any]] = []
         future = self.submit(_note_task(work, started))
         try:
             return future.result()
-        except BaseException:
-            if future.cancel() or future.cancelled():
+        except BaseException as error:
+            if future.cancelled():  # by `close`, which waited for its end
+                work.close()
+                raise StoreUnavailableError(_CLOSED) from error
+            if future.cancel():
                 self.submit(_settle(started)).result()
                 work.close()
             raise
 
     def close(self) -> None:
-        if self._loop.is_closed():
+        if self.closed or self.inherited:
             return
+        with self._submitting:
+            self._closing = True
         asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -59,13 +74,17 @@ class Runtime:
 
     @property
     def closed(self) -> bool:
-        return self._loop.is_closed()
+        return self._closing
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this process was forked from the one that it works in."""
+        return os.getpid() != self._process
 
     def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
-        if self.closed or os.getpid() != self._process:
+        if self.inherited or self.closed:
             work.close()
-            reason = "is closed" if self.closed else "belongs to the process that this one was forked from"
-            raise StoreUnavailableError(f"the store {reason}; connect again")
+            raise StoreUnavailableError(_INHERITED if self.inherited else _CLOSED)
 
 
 class SyncKVStore:
@@ -91,7 +110,7 @@ class SyncKVStore:
             while (group := self.runtime.run(_next(groups))) is not None:
                 yield group
         finally:
-            if not self.runtime.closed:
+            with suppress(StoreUnavailableError):  # closed meanwhile: that ended it
                 self.runtime.run(_close(groups))
 
     def save(
@@ -122,7 +141,8 @@ def connect(
         try:
             yield SyncKVStore(kv, runtime)
         finally:
-            runtime.run(kv.__aexit__(None, None, None))
+            if not runtime.inherited:
+                runtime.run(kv.__aexit__(None, None, None))
     finally:
         runtime.close()
 

@@ -61,6 +61,44 @@ def test_a_forked_child_is_told_to_connect_again(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
+def test_a_fork_may_leave_the_block_in_which_it_was_made(tmp_path: Path) -> None:
+    child = 0
+    try:
+        with connect(tmp_path.as_uri(), NAMESPACE):
+            child = os.fork()
+            if child == 0:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(10)  # ends it where it waits for a thread that it does not have
+    finally:
+        if child == 0:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_work_that_is_cut_off_by_the_end_is_an_error_of_ours() -> None:
+    runtime = Runtime()
+    running, errors = threading.Event(), []
+
+    async def work() -> None:
+        running.set()
+        await asyncio.Event().wait()
+
+    def call() -> None:
+        for _ in range(2):  # what is under way, and what comes later
+            try:
+                runtime.run(work())
+            except StoreUnavailableError as error:
+                errors.append(str(error))
+
+    caller = threading.Thread(target=call, daemon=True)
+    caller.start()
+    running.wait()
+    runtime.close()
+    caller.join(10)
+    assert len(errors) == 2
+    assert all("closed" in error for error in errors)
+
+
 def test_a_stream_that_outlives_its_store_ends_quietly(tmp_path: Path) -> None:
     with connect(tmp_path.as_uri(), NAMESPACE) as store:
         store.save(range(32), torch.zeros(2, 2, 32, 1, 8, dtype=torch.bfloat16))
