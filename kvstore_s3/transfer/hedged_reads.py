@@ -124,7 +124,7 @@ class HedgedReads:
 
     def _begin(self, key: str, start: int, target: Target) -> _Try:
         slab = target.slab.hold()
-        task = asyncio.create_task(_await(self._read(key, start, target.view)))
+        task = asyncio.create_task(_call(self._read, key, start, target.view))
         self._tries.add(task)
 
         def end(task: asyncio.Task[None]) -> None:
@@ -168,5 +168,5 @@ async def _stop(tasks: Iterable[asyncio.Task[None]]) -> None:
     await finish(asyncio.wait(stopping))
 
 
-async def _await(reading: Awaitable[None]) -> None:
-    await reading
+async def _call(read: Read, key: str, start: int, into: memoryview) -> None:
+    await read(key, start, into)  # here: a task may be cancelled before its first step
