@@ -116,6 +116,7 @@ class S3Store:
 
     async def close(self) -> None:
         await self._sweep.close()
+        await self._multipart.close()
         await self._client.close()
         await self._journal.close()
 

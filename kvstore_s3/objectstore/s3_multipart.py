@@ -18,6 +18,8 @@ from kvstore_s3.objectstore.upload_journal import Note, UploadJournal
 _MiB = 1024 * 1024
 _MAX_PARTS = 10_000
 _MOMENT_S = 0.5
+_ABORTING_S = 5.0
+"""A store that is closed waits for so long until its uploads are aborted."""
 _OF_A_PART = ("ETag", "ChecksumCRC32C")
 """What Complete must repeat of the server's answer to a part."""
 
@@ -61,11 +63,27 @@ class MultipartUpload:
         self._part_bytes = part_bytes
         self._workers = workers
         self._attempts = attempts
+        self._under_way: set[asyncio.Task[bool]] = set()
 
     async def put(
         self, name: Mapping[str, str], data: memoryview, metadata: Mapping[str, str], *, replace: bool
     ) -> bool:
         """Upload `data` to `name` (Bucket and Key). False where the object exists and is to be left alone."""
+        upload = asyncio.create_task(self._put(name, data, metadata, replace=replace))
+        self._under_way.add(upload)
+        upload.add_done_callback(self._under_way.discard)
+        return await finish(upload, on_cancel=upload.cancel)
+
+    async def close(self) -> None:
+        """End what is under way and abort it, if the server answers soon; the journal knows what is left."""
+        for upload in self._under_way:
+            upload.cancel()
+        if self._under_way:
+            await finish(asyncio.wait(set(self._under_way), timeout=_ABORTING_S))
+
+    async def _put(
+        self, name: Mapping[str, str], data: memoryview, metadata: Mapping[str, str], *, replace: bool
+    ) -> bool:
         for _ in range(self._attempts - 1):
             try:
                 return await self._put_once(name, data, metadata, replace=replace)

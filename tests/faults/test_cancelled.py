@@ -10,7 +10,7 @@ from fault_proxy import Action
 from faults.actions import Break, Delay, Hang, Stall, Trickle
 from faults.scene import TOKENS, Scene
 
-from kvstore_s3.errors import KVStoreError
+from kvstore_s3.errors import KVStoreError, StoreUnavailableError
 from kvstore_s3.objectstore.open import open_store
 
 pytestmark = pytest.mark.usefixtures("quiet", "no_leaks")
@@ -82,3 +82,21 @@ async def test_saves_that_are_cancelled_leave_no_upload_and_no_half_object(scene
         await store.save(TOKENS, scene.kv)
         await scene.assert_served_in_full(store)
     assert await asyncio.to_thread(scene.uploads) == []
+
+
+@PLANES
+@pytest.mark.parametrize("cancelled", [False, True], ids=["closed", "cancelled and closed"])
+async def test_a_store_that_is_closed_during_an_upload_aborts_it_first(
+    scene: Scene, plane: str, *, cancelled: bool
+) -> None:
+    store = open_store(scene.url, scene.settings(data_plane=plane, upload_concurrency=2))
+    with scene.proxy.fault("UploadPart", Delay(0.2)) as rule:
+        task = asyncio.create_task(store.put("aa/bb/large", bytes(16 * 1024 * 1024)))
+        assert await asyncio.to_thread(rule.first_met.wait, 5)
+        if cancelled:
+            task.cancel()
+        await store.close()
+    (ended,) = await asyncio.gather(task, return_exceptions=True)
+    assert isinstance(ended, asyncio.CancelledError if cancelled else StoreUnavailableError)
+    assert scene.uploads(f"{scene.prefix}/aa/bb/large") == []
+    assert not list(scene.cache_dir.glob("uploads/*"))
