@@ -5,6 +5,7 @@ They keep byte ranges of objects that a load has verified. Whatever goes wrong i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class Tiers:
         self._host = host
         self._nvme = nvme
         self._arena = arena
+        self._turn = asyncio.Lock()
 
     @classmethod
     def open(cls, settings: Settings, count: Count = ignore) -> Tiers:
@@ -77,7 +79,7 @@ class Tiers:
 
     async def read(self, key: str, start: int, into: memoryview) -> bool:
         """Fill `into` from a tier. False: it is not there, or cannot be read; `into` is then undefined."""
-        if self._host is not None and self._host.read(key, start, into):
+        if self._host is not None and await self._host.read(key, start, into):
             return True
         return self._nvme is not None and await self._nvme.read(key, start, into)
 
@@ -98,7 +100,9 @@ class Tiers:
         extents = level_extents(table)
         for start, data in runs:
             if self._host is not None:
-                self._host.offer(key, start, data)
+                async with self._turn:
+                    self._host.offer(key, start, data)
+                    await asyncio.sleep(0)  # it copies megabytes: the other loads go on in between
             if self._nvme is not None:
                 for piece in extents:
                     begin, end = max(start, piece.start), min(start + len(data), piece.end)

@@ -57,7 +57,7 @@ class MemoryTier(Tier, Protocol):
         None where no single extent holds all of them.
         """
 
-    def read(self, key: str, start: int, into: memoryview) -> bool:
+    async def read(self, key: str, start: int, into: memoryview) -> bool:
         """Copy the bytes from `start` on into `into`, from one extent or several. False: not all are kept."""
 
     def offer(self, key: str, start: int, data: memoryview) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 
+import numpy as np
+
 from kvstore_s3.metrics import Count, ignore
+from kvstore_s3.objectstore.awaiting import finish
 from kvstore_s3.tier.base import PAGE, Memory, TierStats
 from kvstore_s3.tier.eviction import Eviction
 from kvstore_s3.tier.extents import Extent, Extents
@@ -74,14 +78,18 @@ class HostTier:
         self._count("host_hit_bytes", end - start)
         return _Loan(self._blocks[extent], start - extent.start, end - extent.start, self._free_unused)
 
-    def read(self, key: str, start: int, into: memoryview) -> bool:
-        """Copy the bytes from `start` on, which may lie in several extents. False: not all of them are here."""
+    async def read(self, key: str, start: int, into: memoryview) -> bool:
+        """Copy the bytes from `start` on, which may lie in several extents. False: not all of them are here.
+
+        A thread copies; nothing is written into `into` after the call has ended, cancelled or not.
+        """
         parts = self._extents.parts(key, start, start + len(into))
-        for extent, begin, end in parts:
-            self._eviction.visit(extent, time.monotonic())
-            into[begin - start : end - start] = self._blocks[extent].memory[begin - extent.start : end - extent.start]
-        self._count("host_hit_bytes", len(into) if parts else 0)
-        return bool(parts)
+        with ExitStack() as holding:
+            loans = [self.borrow(key, begin, end) for _, begin, end in parts]
+            lent = [holding.enter_context(loan) for loan in loans if loan is not None]
+            if lent:
+                await finish(asyncio.get_running_loop().run_in_executor(None, _copy, lent, into))
+        return bool(lent)
 
     def offer(self, key: str, start: int, data: memoryview) -> bool:
         extent = Extent(key, start, start + len(data))
@@ -133,6 +141,13 @@ class HostTier:
     def _free_unused(self, block: _Block) -> None:
         if not block.kept and block.borrowers == 0:
             self._memory.free(block.memory)
+
+
+def _copy(parts: Sequence[memoryview], into: memoryview) -> None:
+    done = 0
+    for part in parts:
+        np.copyto(np.frombuffer(into[done : done + len(part)], np.uint8), np.frombuffer(part, np.uint8))
+        done += len(part)
 
 
 def _pages(size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
 import pytest
@@ -169,15 +170,27 @@ def test_random_work_leaks_nothing(tier: MemoryTier, memory: Blocks) -> None:
     assert memory.used == 0
 
 
-def test_bytes_in_several_extents_are_read_together(tier: MemoryTier, counters: Counters) -> None:
+async def test_bytes_in_several_extents_are_read_together(tier: MemoryTier, counters: Counters) -> None:
     data = content(5000)
     tier.offer("a", 100, memoryview(data)[:2000])
     tier.offer("a", 2100, memoryview(data)[2000:])
     into = bytearray(4000)
     assert tier.borrow("a", 600, 4600) is None
     assert tier.covers("a", 600, 4600)
-    assert tier.read("a", 600, memoryview(into))
+    assert await tier.read("a", 600, memoryview(into))
     assert into == data[500:4500]
     assert counters.snapshot()["host_hit_bytes"] == 4000
-    assert not tier.read("a", 1200, memoryview(into))
-    assert not tier.read("b", 600, memoryview(into))
+    assert not await tier.read("a", 1200, memoryview(into))
+    assert not await tier.read("b", 600, memoryview(into))
+
+
+async def test_what_is_read_stays_in_its_place_until_it_is_copied(tier: MemoryTier, memory: Blocks) -> None:
+    data, into = content(4 * PAGE), bytearray(4 * PAGE)
+    tier.offer("a", 0, memoryview(data)[:PAGE])
+    tier.offer("a", PAGE, memoryview(data)[PAGE:])
+    reading = asyncio.create_task(tier.read("a", 0, memoryview(into)))
+    await asyncio.sleep(0)
+    tier.drop("a")
+    assert await reading
+    assert into == data
+    assert memory.used == 0
