@@ -14,8 +14,8 @@ TEXTS ?=
 FUZZ_SECONDS ?= 60
 FUZZ_CXX ?= clang++
 FUZZ_DIR := build/fuzz
-# Side by side, each process with one thread of its own for torch: more would only stand in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Four at once, for many wait more than they compute; one thread each for torch, or they would stand in each other's way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
-from faults.scene import Scene, assert_quiet
+from faults.scene import REAL, Scene, assert_quiet
 from local_server import LocalServer
-
-REAL = [pytest.param("minio", marks=pytest.mark.server), pytest.param("versitygw", marks=pytest.mark.server)]
 
 
 @pytest.fixture(params=["moto", *REAL])

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 from fault_proxy import FaultProxy
 from local_server import LocalServer
@@ -23,6 +24,10 @@ from servers import BUCKET
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.errors import KVStoreError
 from kvstore_s3.hashing import chunk_keys, root_key
+
+REAL = [pytest.param("minio", marks=pytest.mark.server), pytest.param("versitygw", marks=pytest.mark.server)]
+ON_REAL_SERVERS = pytest.mark.parametrize("server", REAL, indirect=True)
+"""For tests that ask more of a server than moto does, or take longer than the quick tests should."""
 
 CHUNKS = 4
 LAYOUT = KVLayout(layers=6, kv_heads=4, head_dim=64, dtype="bfloat16")

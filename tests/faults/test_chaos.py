@@ -24,12 +24,12 @@ from faults.actions import (
     Stall,
     WrongRange,
 )
-from faults.scene import CHUNKS, TOKENS, Scene, serve
+from faults.scene import CHUNKS, ON_REAL_SERVERS, TOKENS, Scene, serve
 
 from kvstore_s3 import KVStore
 from kvstore_s3.errors import KVStoreError
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.usefixtures("no_leaks"), ON_REAL_SERVERS]
 
 ANY: Sequence[Action] = (SLOW_DOWN, INTERNAL_ERROR, Hang(), Delay(0.1), Break(after=-1), LoseAnswer())
 OF_READS: Sequence[Action] = (

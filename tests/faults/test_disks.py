@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import loading_process
-from faults.scene import CHUNKS, TOKENS, Scene, serve
+from faults.scene import CHUNKS, REAL, TOKENS, Scene, serve
 
 from kvstore_s3 import KVStore
 
 pytestmark = [
     pytest.mark.usefixtures("quiet", "no_leaks"),
-    pytest.mark.parametrize("server", ["moto"], indirect=True),  # disks do not care which server is behind them
+    pytest.mark.parametrize("server", REAL[:1], indirect=True),  # disks do not care which server is behind them
 ]
 
 
