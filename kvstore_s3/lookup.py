@@ -73,6 +73,7 @@ class ChunkFinder:
         self._count = count
         self._verdicts = Verdicts(lifetime_s=verdict_lifetime_s, miss_lifetime_s=miss_lifetime_s)
         self._told: set[int] = set()
+        self._mended = 0
 
     async def find_all(
         self,
@@ -126,6 +127,7 @@ class ChunkFinder:
     async def _find(self, identity: Identity, first_token: int, thorough: bool, fresh: bool) -> StoredChunk | None:
         if self.is_lost(identity):
             return None
+        mended = self._mended
         try:
             chunk = None if fresh else await self._find_local(identity, first_token, thorough)
             if chunk is None:
@@ -137,8 +139,8 @@ class ChunkFinder:
         except LOST as error:
             self.lose(identity, error)
             return None
-        if not self.is_lost(identity):
-            self._verdicts.note(identity.key, chunk)
+        if not self.is_lost(identity) and (chunk is not None or mended == self._mended):
+            self._verdicts.note(identity.key, chunk)  # not a miss that a save may have mended meanwhile
         return chunk
 
     async def _find_local(self, identity: Identity, first_token: int, thorough: bool) -> StoredChunk | None:
@@ -217,6 +219,7 @@ class ChunkFinder:
 
     def mend(self, identity: Identity) -> None:
         """The object was written anew."""
+        self._mended += 1
         self._verdicts.forget(identity.key)
 
 

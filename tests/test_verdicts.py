@@ -93,3 +93,26 @@ async def test_a_remembered_chunk_knows_its_place_in_another_prompt(tmp_path: Pa
         await store.save(TOKENS, random_kv())
         await store.lookup(TOKENS)
         assert [chunk.first_token for chunk in (await store.lookup(TOKENS)).chunks] == [0, 16, 32, 48]
+
+
+async def test_a_miss_that_a_save_mends_meanwhile_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, miss_lifetime_s=60) as store:
+        answered, go_on = asyncio.Event(), asyncio.Event()
+        inner = store.objects.head
+
+        async def head(key: str) -> ObjectInfo | None:
+            info = await inner(key)
+            answered.set()
+            await go_on.wait()  # the answer is on its way
+            return info
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.objects, "head", head)
+            looking = asyncio.create_task(store.lookup(TOKENS))
+            await answered.wait()
+        await store.save(TOKENS, random_kv())
+        go_on.set()
+        assert (await looking).tokens == 0
+        assert (await store.lookup(TOKENS)).tokens == 64
