@@ -35,7 +35,7 @@ class Hit:
         """What each chunk is read at: "lossless", "near-lossless", "balanced", "small" or "cachegen".
 
         Another writer may replace an object after the lookup: `load` and `stream` tell what they met, and this answers
-        anew once they have.
+        anew once they have. After several loads of one hit, at different paces, it is the last one's that is told.
         """
         known = zip(self.chunks, self.expected, strict=True)
         return tuple(self._learned.get(chunk.identity.key, (expected, None))[0] for chunk, expected in known)

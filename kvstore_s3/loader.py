@@ -73,7 +73,7 @@ class Loader:
         chunks: Sequence[StoredChunk],
         out: torch.Tensor | None,
         *,
-        on_lost: Callable[[Identity, Exception], None],
+        on_lost: Callable[[Identity, Exception, float], None],
         pace: Pace | None,
     ) -> Stream:
         """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory."""

@@ -207,8 +207,13 @@ class ChunkFinder:
             )
         return False
 
-    def lose(self, identity: Identity, error: Exception) -> None:
-        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it."""
+    def lose(self, identity: Identity, error: Exception, begun: float = float("inf")) -> None:
+        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it.
+
+        Unless a save has done so already, since the work that failed has `begun`.
+        """
+        if self._verdicts.is_written_since(identity.key, begun):
+            return
         if not self.is_lost(identity) and not isinstance(error, MissingCalibrationError):
             log.warning("%s is treated as a miss: %s", object_key(identity), error)
         self._count("chunks_lost", 1)

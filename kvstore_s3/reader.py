@@ -90,6 +90,8 @@ class Reader:
                     await in_thread(self.threads, decode_band, *work)
                     self._keep(chunk.object_key, header, brought)
                     return header
+                if brought.local:
+                    return None  # a tier has an object that was there before this one
             except MissingCalibrationError:
                 raise
             except DamagedObjectError:

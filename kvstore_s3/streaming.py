@@ -13,6 +13,7 @@ import torch
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.encode import view_bits
+from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.load import LOST, StoredChunk
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.planner import ChunkCost, Plan, PrefillSpeed, Replanner, plan
@@ -49,6 +50,11 @@ class Pace:
     seconds_per_layer: float = 0.0
     spent_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        seconds = (self.deadline_s or 0.0, self.seconds_per_layer, self.spent_s)
+        if self.prompt_tokens < 0 or not all(0 <= value < float("inf") for value in seconds):
+            raise InvalidArgumentError(f"tokens and seconds of a pace are finite and not negative, not {self}")
+
     @property
     def by_layer(self) -> bool:
         """Whether the engine starts before all layers are there."""
@@ -70,7 +76,8 @@ class Stream:
     """Reads chunks band by band. `chunks` learn their headers; the first `good` of them are what the load gives.
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
-    into. `on_lost` hears of objects that could not be used; the load then ends before the first of them.
+    into. `on_lost` hears of objects that could not be used, and since when the load runs; it ends before the
+    first of them.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class Stream:
         bands: Sequence[Band],
         *,
         allocate: Callable[[Band, int], torch.Tensor],
-        on_lost: Callable[[Identity, Exception], None],
+        on_lost: Callable[[Identity, Exception, float], None],
         at_once: int,
         pace: Pace | None = None,
         lowest_profile: str | None = None,
@@ -187,7 +194,7 @@ class Stream:
         except LOST as error:
             self.good = min(self.good, index)
             self._cancel_cut()  # nobody waits for what lies behind it, least of all where the link hangs
-            self._on_lost(chunk.identity, error)
+            self._on_lost(chunk.identity, error, self._begun)
         finally:
             self._headers[index].set()
 

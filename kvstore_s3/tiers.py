@@ -5,7 +5,6 @@ They keep byte ranges of objects that a load has verified. Whatever goes wrong i
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -43,7 +42,6 @@ class Tiers:
         self._host = host
         self._nvme = nvme
         self._arena = arena
-        self._turn = asyncio.Lock()
 
     @classmethod
     def open(cls, settings: Settings, count: Count = ignore) -> Tiers:
@@ -100,9 +98,7 @@ class Tiers:
         extents = level_extents(table)
         for start, data in runs:
             if self._host is not None:
-                async with self._turn:
-                    self._host.offer(key, start, data)
-                    await asyncio.sleep(0)  # it copies megabytes: the other loads go on in between
+                await self._host.offer(key, start, data)
             if self._nvme is not None:
                 for piece in extents:
                     begin, end = max(start, piece.start), min(start + len(data), piece.end)

@@ -30,6 +30,7 @@ class Verdicts:
         self._miss_lifetime_s = miss_lifetime_s
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()
         self._lost: dict[bytes, float] = {}
+        self._written: OrderedDict[bytes, float] = OrderedDict()
 
     def find(self, key: bytes) -> Verdict | None:
         """What a lookup said of the chunk, while it holds."""
@@ -59,3 +60,11 @@ class Verdicts:
         """The object was written anew."""
         self._known.pop(key, None)
         self._lost.pop(key, None)
+        self._written.pop(key, None)
+        self._written[key] = time.monotonic()
+        if len(self._written) > _MOST_VERDICTS:
+            self._written.popitem(last=False)
+
+    def is_written_since(self, key: bytes, begun: float) -> bool:
+        """Whether the object was written anew after `begun`, in seconds of the monotonic clock."""
+        return self._written.get(key, float("-inf")) >= begun

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Pace, PrefillSpeed, Settings
-from kvstore_s3.errors import ObjectNotFoundError
+from kvstore_s3.errors import InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.planner import Plan, Replanner
 from kvstore_s3.streaming import Stream
 
@@ -200,3 +200,12 @@ async def test_a_link_that_never_brought_a_byte_is_given_up_as_well(
         hit = await store.lookup(TOKENS)
         async with asyncio.timeout(5):
             assert (await store.load(hit, pace=pace)).shape[2] == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"deadline_s": -1.0}, {"seconds_per_layer": float("nan")}, {"spent_s": float("inf")}, {"prompt_tokens": -1}],
+)
+def test_a_pace_that_cannot_be_is_refused(given: dict[str, float]) -> None:
+    with pytest.raises(InvalidArgumentError, match="finite and not negative"):
+        Pace(PrefillSpeed(0.001), **{"prompt_tokens": 100, **given})  # type: ignore[arg-type]

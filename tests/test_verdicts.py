@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
+from kvstore_s3.errors import ObjectNotFoundError
 from kvstore_s3.objectstore.base import ObjectInfo
 
 LAYOUT = KVLayout(layers=2, kv_heads=2, head_dim=16, dtype="bfloat16")
@@ -115,4 +116,28 @@ async def test_a_miss_that_a_save_mends_meanwhile_is_not_remembered(
         await store.save(TOKENS, random_kv())
         go_on.set()
         assert (await looking).tokens == 0
+        assert (await store.lookup(TOKENS)).tokens == 64
+
+
+async def test_a_chunk_that_was_saved_while_a_load_missed_it_is_offered(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, random_kv())
+        hit = await store.lookup(TOKENS)
+        groups = store.stream(hit)
+        gone, get_range = asyncio.Event(), store.objects.get_range
+
+        async def read_late(key: str, start: int, into: memoryview) -> None:
+            if key == hit.chunks[2].object_key:
+                await gone.wait()
+                raise ObjectNotFoundError("it was not there when it was asked for")
+            await get_range(key, start, into)
+
+        store.objects.get_range = read_late  # type: ignore[method-assign]
+        loading = asyncio.create_task(anext(groups))
+        await asyncio.sleep(0.01)
+        await store.objects.delete(hit.chunks[2].object_key)
+        assert (await store.save(TOKENS, random_kv())).chunks_new == 1
+        gone.set()
+        assert (await loading).tokens == 32
+        await groups.aclose()
         assert (await store.lookup(TOKENS)).tokens == 64

@@ -60,8 +60,11 @@ class MemoryTier(Tier, Protocol):
     async def read(self, key: str, start: int, into: memoryview) -> bool:
         """Copy the bytes from `start` on into `into`, from one extent or several. False: not all are kept."""
 
-    def offer(self, key: str, start: int, data: memoryview) -> bool:
-        """Copy verified bytes [start, start + len(data)) into the tier. False: not kept. Never waits."""
+    async def offer(self, key: str, start: int, data: memoryview) -> bool:
+        """Copy verified bytes [start, start + len(data)) into the tier, in a thread. False: not kept.
+
+        `data` must not change until the call returns. A cancelled offer keeps nothing.
+        """
 
 
 @runtime_checkable

@@ -59,6 +59,7 @@ class HostTier:
         self._count = count
         self._extents = Extents()
         self._blocks: dict[Extent, _Block] = {}
+        self._arriving: dict[Extent, _Block] = {}
         self._eviction: Eviction[Extent] = Eviction(memory.size)
         self._closed = False
 
@@ -91,33 +92,50 @@ class HostTier:
                 await finish(asyncio.get_running_loop().run_in_executor(None, _copy, lent, into))
         return bool(lent)
 
-    def offer(self, key: str, start: int, data: memoryview) -> bool:
+    async def offer(self, key: str, start: int, data: memoryview) -> bool:
+        """Copy verified bytes [start, start + len(data)) into the tier, in a thread. False: not kept."""
         extent = Extent(key, start, start + len(data))
-        if self._closed or not 0 < extent.size <= self._memory.size:
+        if self._closed or extent in self._arriving or not 0 < extent.size <= self._memory.size:
             return False
         if (holder := self._extents.holding(*extent)) is not None:
             self._eviction.visit(holder, time.monotonic())
             return True
-        for superfluous in self._extents.within(extent):
-            self._discard(superfluous)
-        block = self._allocate(extent.size)
-        if block is None:
+        memory = self._allocate(extent.size)
+        if memory is None:
             return False
-        block[: extent.size] = data
-        self._blocks[extent] = _Block(block)
-        self._extents.add(extent)
-        self._eviction.add(extent, _pages(extent.size), time.monotonic())
-        self._count("host_kept_bytes", extent.size)
-        return True
+        block = self._arriving[extent] = _Block(memory)
+        try:
+            await finish(asyncio.get_running_loop().run_in_executor(None, _copy, [data], memory[: extent.size]))
+        except BaseException:
+            block.kept = False
+            raise
+        finally:
+            del self._arriving[extent]
+            self._free_unused(block)
+        if block.kept:
+            self._add(extent, block)
+        return block.kept
 
     def drop(self, key: str) -> None:
         for extent in self._extents.of(key):
             self._discard(extent)
+        for extent, block in self._arriving.items():
+            block.kept &= extent.name != key
 
     async def close(self) -> None:
         self._closed = True
+        for block in self._arriving.values():
+            block.kept = False
         for extent in tuple(self._extents):
             self._discard(extent)
+
+    def _add(self, extent: Extent, block: _Block) -> None:
+        for superfluous in self._extents.within(extent):
+            self._discard(superfluous)
+        self._blocks[extent] = block
+        self._extents.add(extent)
+        self._eviction.add(extent, _pages(extent.size), time.monotonic())
+        self._count("host_kept_bytes", extent.size)
 
     def _allocate(self, size: int) -> memoryview | None:
         while (block := self._memory.allocate(size)) is None:

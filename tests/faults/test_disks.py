@@ -126,6 +126,16 @@ async def test_a_damaged_file_is_read_from_the_store_instead(
             await filled.assert_served_in_full(store)
             damage(files_in(tier)[1])
         await filled.assert_served_in_full(store)
+        await store._loader.settle()
+        met = met_in(store)
+        await filled.assert_served_in_full(store)
+        assert met_in(store) == met, "what was damaged is met again"
+
+
+def met_in(store: KVStore) -> int:
+    """How much damage the tiers have shown."""
+    counters = store.counters.snapshot()
+    return counters.get("tier_damage", 0) + counters.get("nvme_errors", 0)
 
 
 async def test_a_directory_that_is_removed_is_no_failure(filled: Scene, tier: Path) -> None:
