@@ -73,6 +73,8 @@ async def _collect(options: GcOptions, age_s: float, settings: Settings) -> Repo
 
 
 async def _sweep(store: ObjectStore, options: GcOptions, age_s: float, settings: Settings) -> Swept:
+    if options.lifecycle and not store.url.startswith("s3://"):
+        raise InvalidArgumentError(f"--lifecycle is a rule of buckets; {store.url} needs none: leave it out")
     if isinstance(store, LocalStore):
         return Swept(temporaries=await store.sweep(dry_run=options.dry_run))
     from kvstore_s3.objectstore.s3 import S3Store

@@ -55,7 +55,8 @@ class S3Client:
         self._url = url
         self._settings = settings
         self._count = count
-        self._stack = AsyncExitStack()
+        self._stack = AsyncExitStack()  # of the session, and of the plane that goes with it
+        self._retired: AsyncExitStack | None = None
         self._opening = asyncio.Lock()
         self._session: S3Session | None = None
         self._plane: DirectPlane | None = None
@@ -106,7 +107,12 @@ class S3Client:
         self._closed = True
         async with self._opening:
             self._session = self._plane = None
-            await finish(self._stack.aclose())
+            await finish(self._close_stacks())
+
+    async def _close_stacks(self) -> None:
+        if self._retired is not None:
+            await self._retired.aclose()
+        await self._stack.aclose()
 
     async def _attempt(self, call: Call) -> Answer:
         """One attempt; and a second one at once, where an error says how it would succeed."""
@@ -198,9 +204,13 @@ class S3Client:
         return True
 
     async def _reopen(self, region: str) -> None:
-        """Replace the session; the old one may still be in use, and is closed with all others at the end."""
-        self._session = await open_session(self._url, self._settings, region, self._stack)
+        """Replace the session. The old one may still be in use: it is closed when it is replaced once more."""
+        fresh = AsyncExitStack()
+        self._session = await open_session(self._url, self._settings, region, fresh)
         self._plane = None
+        closing, self._retired, self._stack = self._retired, self._stack, fresh
+        if closing is not None:
+            await finish(closing.aclose())
 
     async def _open(self) -> S3Session:
         if self._session is None:

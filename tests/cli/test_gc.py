@@ -126,6 +126,12 @@ def test_a_store_in_memory_has_nothing_to_remove(cli: Cli) -> None:
     assert (ran.code, ran.json["aborted"], ran.json["temporaries"]) == (0, [], 0)
 
 
+def test_a_directory_takes_no_lifecycle_rule(cli: Cli, tmp_path: Path) -> None:
+    done = cli("gc", "--uploads", "--lifecycle", "--store", tmp_path.as_uri())
+    assert done.code == 2
+    assert "leave it out" in done.err
+
+
 def test_gc_without_saying_what_is_refused(cli: Cli, tmp_path: Path) -> None:
     cli("gc", "--store", tmp_path.as_uri()).fails_with(2, "--uploads")
 
