@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import os
 import shutil
@@ -25,6 +26,9 @@ START_S = 30.0
 STOP_S = 5.0
 
 
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvstore-s3" / "servers"
+
+
 class ServerMissingError(Exception):
     """A server cannot be had here; the message says what to install."""
 
@@ -39,8 +43,7 @@ class GoProgram:
 
     @property
     def cached(self) -> Path:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return root / "kvstore-s3" / "servers" / f"{self.name}-{self.version}" / self.name
+        return _CACHE / f"{self.name}-{self.version}" / self.name
 
     def find(self) -> Path | None:
         """The program on PATH, or the one built earlier."""
@@ -48,11 +51,16 @@ class GoProgram:
         return Path(found) if found else self.cached if self.cached.is_file() else None
 
     def build(self) -> Path:
-        """Build the program into the cache; minutes, once. Raises ServerMissingError."""
+        """Build the program into the cache; minutes, once: who comes meanwhile waits. Raises ServerMissingError."""
+        self.cached.parent.mkdir(parents=True, exist_ok=True)
+        with Path(self.cached.parent, "lock").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            return self.find() or self._build()
+
+    def _build(self) -> Path:
         go = shutil.which("go")
         if go is None:
             raise ServerMissingError(f"{self.name} is not installed, and neither is go, which could build it")
-        self.cached.parent.mkdir(parents=True, exist_ok=True)
         print(f"building {self.name} {self.version} with go (once; takes minutes)", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=self.cached.parent) as target:
             environment = {**os.environ, "GOBIN": target, "CGO_ENABLED": "0"}
