@@ -2,11 +2,12 @@
 
     python benchmarks/tiers.py [--directory DIR] [--mib 1024] [--rounds 5]
 
-Objects of 8 MiB, four at a time, read into and written from one page-aligned buffer. "Cold" means that the page cache
-holds nothing of the files (written out, then POSIX_FADV_DONTNEED); the tier's own reads go past it anyway. The limit
-is the bare system calls with O_DIRECT: open and preadv; create, fallocate and pwrite. "full tier" is the state in which
-a tier spends its life: each write evicts, and takes over a file whose blocks were written before. CPU seconds are this
-process's, user and system, for each GB (10^9 bytes); medians of the rounds, whose order changes.
+Pieces of 16 MiB (the largest range that a load reads), four at a time, read into and written from one page-aligned
+buffer. "Cold" means that the page cache holds nothing of the files (written out, then POSIX_FADV_DONTNEED); the tier's
+own reads go past it anyway. The limit is the bare system calls with O_DIRECT: open and preadv; create, fallocate and
+pwrite. "full tier" is the state in which a tier spends its life: each write evicts, and takes over a file whose blocks
+were written before. CPU seconds are this process's, user and system, for each GB (10^9 bytes); medians of the rounds,
+whose order changes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from record import record
 
 from kvstore_s3.tier.nvme import NvmeTier
 
-PIECE = 8 * 1024 * 1024
+PIECE = 16 * 1024 * 1024
 AT_ONCE = 4
 Work = Callable[[int, memoryview], Awaitable[None]]
 """Reads or writes the object of that number."""
