@@ -14,7 +14,7 @@ from typing import Protocol
 
 from kvstore_s3.objectstore.s3_errors import TlsRefusedError
 
-_LOW_WATER = 256 * 1024
+_LOW_WATER = 1024 * 1024
 """Bytes that must have arrived until the kernel wakes a thread that waits for many: each wake-up costs CPU."""
 _SCRATCH_BYTES = 8 * 1024
 """More than a head needs; what it catches of a body is copied, so it is not much more."""
