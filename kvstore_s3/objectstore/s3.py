@@ -10,7 +10,14 @@ import time
 from collections.abc import AsyncIterator, Mapping
 
 from kvstore_s3.config import Settings
-from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError
+from kvstore_s3.errors import (
+    BitstreamFault,
+    DamagedObjectError,
+    ObjectNotFoundError,
+    StoreBusyError,
+    StoreError,
+    StoreUnavailableError,
+)
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.objectstore.base import (
     Buffer,
@@ -75,7 +82,7 @@ class S3Store:
         name = self._name(key)
         source, kept = view_source(data), check_metadata(metadata)
         if len(source) <= self._multipart_bytes:
-            return await self._put_whole(name, source, kept, replace=replace)
+            return await self._put_whole(key, name, source, kept, replace=replace)
         if not replace and await self.head(key) is not None:
             return False  # Complete would find out too, but after all the bytes were sent
         return await self._multipart.put(name, source, kept, replace=replace)
@@ -124,7 +131,7 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._base + check_key(key)}
 
     async def _put_whole(
-        self, name: Mapping[str, str], source: memoryview, metadata: dict[str, str], *, replace: bool
+        self, key: str, name: Mapping[str, str], source: memoryview, metadata: dict[str, str], *, replace: bool
     ) -> bool:
         arguments: dict[str, object] = {**name, "Metadata": metadata}
         if not replace:
@@ -134,7 +141,18 @@ class S3Store:
                 await self._client.call("put_object", arguments, body=source)
             except ObjectExistsError:
                 return False
+            except StoreUnavailableError as error:
+                # A server may close the connection on a body that it does not want, and its answer is lost with it.
+                if replace or isinstance(error, StoreBusyError) or not await self._is_there(key):
+                    raise
+                return False
         return True
+
+    async def _is_there(self, key: str) -> bool:
+        try:
+            return await self.head(key) is not None
+        except StoreError:
+            return False
 
     async def _check_start(self, key: str, start: int) -> None:
         """An empty range cannot be asked for; it is there if the object reaches up to its start."""

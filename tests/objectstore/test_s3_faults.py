@@ -260,3 +260,20 @@ async def test_an_error_inside_a_200_answer_to_complete_is_no_success() -> None:
         with pytest.raises(StoreError):
             await store.put(KEY, bytes(PART + 1))
     assert script.aborted == ["upload-0"]
+
+
+@pytest.mark.parametrize(("found", "outcome"), [("200 OK", False), ("404 Not Found", None)])
+async def test_a_put_whose_answers_are_lost_finds_out_whether_the_object_is_there(
+    found: str, outcome: bool | None
+) -> None:
+    def script(request: Request) -> bytes:
+        if request.method == "PUT":
+            return RESET
+        return answer(found, b"", "Content-Length: 10") if request.method == "HEAD" else answer("200 OK", LISTING)
+
+    async with opened(script=script) as (store, _):
+        if outcome is None:
+            with pytest.raises(StoreUnavailableError):
+                await store.put(KEY, b"0123456789")
+        else:
+            assert await store.put(KEY, b"0123456789") is outcome
