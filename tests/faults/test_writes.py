@@ -53,7 +53,15 @@ async def test_a_save_survives_a_fault_that_passes(scene: Scene, fault: Action) 
     assert scene.uploads() == []
 
 
-@with_names({"503": SLOW_DOWN, "no answer": Hang(), "done, then reset": LoseAnswer()})
+async def test_a_save_whose_answers_are_all_lost_finds_that_all_is_there(scene: Scene) -> None:
+    async with scene.open() as store:
+        with scene.proxy.fault("PutObject", LoseAnswer(), "/l0-6"):
+            saved = await store.save(TOKENS, scene.kv)
+        assert saved.chunks_new + saved.chunks_present == CHUNKS
+        await scene.assert_served_in_full(store)
+
+
+@with_names({"503": SLOW_DOWN, "no answer": Hang()})
 async def test_a_save_that_fails_says_so_in_time_and_the_next_one_mends_it(scene: Scene, fault: Action) -> None:
     async with scene.open(breaker_pause_s=0.1) as store:
         with scene.proxy.fault("PutObject", fault, "/l0-6"):
