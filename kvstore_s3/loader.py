@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 
 import torch
 
@@ -18,6 +19,7 @@ from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.quality import Quality
 from kvstore_s3.reader import Reader
 from kvstore_s3.recycling import Recycler
+from kvstore_s3.section_index import SectionTable
 from kvstore_s3.shared_link import SharedLink
 from kvstore_s3.streaming import Pace, Stream
 from kvstore_s3.tiers import Tiers
@@ -54,6 +56,7 @@ class Loader:
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
         self._recycler = Recycler(settings.reuse_bytes)
         self.slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
+        self._written = 0  # bytes of objects on their way into the tiers
         self.link = SharedLink(Bandwidth())
         self.tiers = Tiers.open(settings, count)
         self._prefetcher = Prefetcher(
@@ -108,18 +111,29 @@ class Loader:
         shape = (layers, 2, tokens, self._layout.kv_heads, self._layout.head_dim)
         return self._recycler.empty(shape, getattr(torch, self._layout.dtype))
 
+    def keep(self, key: str, table: SectionTable, data: bytearray) -> None:
+        """Offer an object that was written to the tiers, unless they have fallen behind by as much as uploads may."""
+        if not self.tiers or self._written + len(data) > self._settings.upload_bytes:
+            return
+        self._written += len(data)
+        holding = AsyncExitStack()
+        holding.callback(self._forget, len(data))
+        self.tiers.keep_soon(key, table, [(0, memoryview(data))], holding)
+
     async def settle(self) -> None:
-        """Wait until what was read is in the tiers."""
-        await self._reader.settle()
+        """Wait until what was read and written is in the tiers."""
+        await self.tiers.settle()
 
     async def close(self) -> None:
         """Release memory and threads, once the reads under way have ended."""
-        await self._reader.settle()
         await self._prefetcher.close()
         await self.tiers.close()
         self.slabs.close()
         self._recycler.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _forget(self, size: int) -> None:
+        self._written -= size
 
     async def _read_range(self, key: str, start: int, into: memoryview) -> None:
         with self.link.reading(len(into)):

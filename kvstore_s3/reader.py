@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvstore_s3.bitstream import Header, Identity, parse_header
@@ -47,7 +46,6 @@ class Reader:
     threads: Executor
     find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
     count: Count = ignore
-    _keeping: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def read_chunk(self, chunk: StoredChunk, band: Band, levels: int, out: Bits, *, urgency: float) -> Header:
         """Read `levels` levels of `band` of a chunk into `out` [layers of the band, 2, tokens, heads, dim].
@@ -67,11 +65,6 @@ class Reader:
     def is_near(self, key: str, start: int, end: int) -> bool:
         """Whether a tier will probably give these bytes of an object."""
         return self.tiers.covers(key, Extent(start, end))
-
-    async def settle(self) -> None:
-        """Wait until what is on its way into the tiers has arrived."""
-        while self._keeping:
-            await asyncio.wait(set(self._keeping))
 
     async def _read(
         self, chunk: StoredChunk, band: Band, levels: int, out: Bits, urgency: float, tiers: Tiers
@@ -133,19 +126,11 @@ class Reader:
             )
 
     def _keep(self, key: str, header: Header, brought: Brought) -> None:
-        """Offer what is new to the tiers, in the background: unless slabs are short, for reading comes first."""
+        """Offer what is new to the tiers, unless slabs are short: reading comes first."""
         if not brought.new or not self.tiers or 2 * self.prefetcher.pool.leased > self.prefetcher.pool.budget:
             return
         runs = [run for part, data in brought.new for run in _verified_runs(part, data, header)]
-        holding = brought.holding.pop_all()
-
-        async def keep() -> None:
-            async with holding:
-                await self.tiers.keep(key, header.table, runs)
-
-        task = asyncio.create_task(keep())
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
+        self.tiers.keep_soon(key, header.table, runs, brought.holding.pop_all())
 
     def _parse_header(self, data: memoryview, identity: Identity) -> Header:
         return parse_header(data, identity, profiles=self.quality.accepts, calibrations=None)

@@ -283,11 +283,10 @@ class KVStore:
             metadata = {HINT_NAME: hint} if hint else None
             created = await self.objects.put(key, memoryview(data), metadata=metadata, replace=replace)
             self._finder.mend(identity)
-            tiers = self._loader.tiers
             if replace:
-                tiers.drop(key)
-            if created and tiers:
-                await tiers.keep(key, table, [(0, memoryview(data))])
+                self._loader.tiers.drop(key)
+            if created:
+                self._loader.keep(key, table, data)
             return len(data) if created else 0
 
         return UploadJob(encode, kv.nbytes, put, size=lambda encoded: len(encoded[0]))

@@ -5,8 +5,9 @@ They keep byte ranges of objects that a load has verified. Whatever goes wrong i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, AsyncExitStack
 from typing import NamedTuple
 
 from kvstore_s3.arena import Arena
@@ -42,6 +43,7 @@ class Tiers:
         self._host = host
         self._nvme = nvme
         self._arena = arena
+        self._keeping: set[asyncio.Task[None]] = set()
 
     @classmethod
     def open(cls, settings: Settings, count: Count = ignore) -> Tiers:
@@ -93,8 +95,29 @@ class Tiers:
         data = bytearray(length)
         return bytes(data) if await self.read(key, 0, memoryview(data)) else None
 
-    async def keep(self, key: str, table: SectionTable, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Offer verified bytes of an object: (offset, bytes) each, whole sections, the header with the first."""
+    def keep_soon(
+        self, key: str, table: SectionTable, runs: Sequence[tuple[int, memoryview]], holding: AsyncExitStack
+    ) -> None:
+        """Offer verified bytes of an object, in the background: nobody waits for a disk that is slow.
+
+        `runs` are (offset, bytes) each, whole sections, the header with the first. `holding` keeps their memory; it is
+        closed when they have arrived.
+        """
+
+        async def keep() -> None:
+            async with holding:
+                await self._keep(key, table, runs)
+
+        task = asyncio.create_task(keep())
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+    async def settle(self) -> None:
+        """Wait until what is on its way has arrived."""
+        while self._keeping:
+            await asyncio.wait(set(self._keeping))
+
+    async def _keep(self, key: str, table: SectionTable, runs: Sequence[tuple[int, memoryview]]) -> None:
         extents = level_extents(table)
         for start, data in runs:
             if self._host is not None:
@@ -112,6 +135,7 @@ class Tiers:
                 tier.drop(key)
 
     async def close(self) -> None:
+        await self.settle()
         for tier in (self._host, self._nvme):
             if tier is not None:
                 await tier.close()

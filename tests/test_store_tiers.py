@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,12 +104,11 @@ async def test_another_process_hits_nvme_without_the_store(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("tiers", [host, nvme, both])
-async def test_what_is_saved_is_in_the_tiers_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiers: type
-) -> None:
+async def test_what_is_saved_is_in_the_tiers_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiers: type) -> None:
     kv = draw_kv()
     async with opened(tmp_path, **tiers(tmp_path)) as store:
         await store.save(TOKENS, kv)
+        await store._loader.settle()
         requests = Requests(store, monkeypatch)
         assert torch.equal(await load_all(store), kv)
         assert requests.bytes == 0
@@ -235,3 +236,38 @@ async def test_the_memory_of_the_host_tier_is_let_go_with_the_store(
     async with opened(tmp_path, host_tier_bytes=2 * MiB):
         pass
     assert 2 * MiB in closed
+
+
+async def test_a_save_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
+    kv = draw_kv()
+    async with opened(tmp_path, **nvme(tmp_path)) as store:
+        with (tmp_path / "tier" / "v1" / "usage").open("r+b") as usage:
+            fcntl.flock(usage, fcntl.LOCK_EX)  # as a process does that was stopped while it wrote
+            saved = await asyncio.wait_for(store.save(TOKENS, kv), 10)
+            assert saved.chunks_new == 4
+            assert torch.equal(await store.load(await store.lookup(TOKENS)), kv)
+        assert torch.equal(await load_all(store), kv)
+
+
+async def test_objects_that_the_tiers_are_too_slow_for_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, **nvme(tmp_path)) as store:
+        loader, arrived, real = store._loader, asyncio.Event(), store._loader.tiers._keep
+
+        async def keep_late(*given: Any) -> None:
+            await arrived.wait()
+            await real(*given)
+
+        monkeypatch.setattr(loader.tiers, "_keep", keep_late)
+        try:
+            loader._written = store.settings.upload_bytes - 1  # so much is on its way already
+            await store.save(TOKENS, draw_kv())
+            assert not loader.tiers._keeping
+            loader._written = 0
+            await store.save(TOKENS, draw_kv(), salt="another")
+            assert len(loader.tiers._keeping) == 4
+        finally:
+            arrived.set()
+        await loader.settle()
+        assert loader._written == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 
 TINY = 64 * 1024
 """Reads up to this size tell of the delay, not of the rate."""
@@ -16,9 +15,6 @@ _LEAST_BUSY_S = 1e-6
 
 _MEMORY_S = 0.5
 """Seconds of transfer after which an old sample weighs 1/e."""
-
-_RECENT = 8
-"""Samples that `careful_bytes_per_s` looks back."""
 
 _DELAY_LIFETIME_S = 60.0
 """The base delay is the least of the last one to two of these spans: routes change."""
@@ -35,7 +31,6 @@ class Bandwidth:
 
     def __init__(self) -> None:
         self._rate: float | None = None
-        self._samples: deque[float] = deque(maxlen=_RECENT)
         self._delay = RecentLeast(_DELAY_LIFETIME_S)
         self._reads: list[tuple[int, float, float]] = []  # bytes, started, ended: since the last sample
         self._since = -math.inf
@@ -45,11 +40,6 @@ class Bandwidth:
     def bytes_per_s(self) -> float | None:
         """Bytes per second of all reads together while the link is busy; None: not known yet."""
         return self._rate
-
-    @property
-    def careful_bytes_per_s(self) -> float | None:
-        """The least of the average and the last samples: what one can count on."""
-        return None if self._rate is None else min(self._rate, *self._samples)
 
     @property
     def latency_s(self) -> float:
@@ -90,7 +80,6 @@ class Bandwidth:
         else:
             weight = max(0.25, 1 - math.exp(-busy / _MEMORY_S))
             self._rate += weight * (sample - self._rate)
-        self._samples.append(sample)
 
     def _waiting_mostly(self, others: int) -> bool:
         """Whether the reads were small for the delay and too few to fill the link."""

@@ -56,42 +56,17 @@ class Prefetcher:
         self._gap_bytes = gap_bytes
 
     @asynccontextmanager
-    async def fetch(
-        self, key: str, start: int, length: int, urgency: float = 0.0, lead: int = 0
-    ) -> AsyncIterator[memoryview]:
-        """The `length` bytes from `start` on, in a slab that is given back at the end; smaller `urgency` goes first.
-
-        The first byte lies `lead` bytes after a page boundary of memory; `lead` = `start` % 4096 makes the object's
-        pages those of the memory, as direct writes to a disk want it. Raises what `read` raises, and
-        `InvalidArgumentError` where the pool is smaller than the range.
-        """
-        if not 0 <= lead < PAGE:
-            raise InvalidArgumentError(f"a lead of {lead} bytes is not inside a page of {PAGE}")
-        async with self._fetch(key, [(start, start + length)], urgency, lead - start) as views:
-            yield views[0]
-
-    @asynccontextmanager
     async def fetch_ranges(
         self, key: str, ranges: Sequence[Extent], urgency: float = 0.0, *, near: ReadNear | None = None
     ) -> AsyncIterator[list[memoryview]]:
         """Several ranges (start, end) of one object, read side by side: a view for each, in their order.
 
         They share one slab (so that nobody who holds one waits for another) and each lies in memory as it lies in the
-        object, modulo 4096. `near` is asked first for each: what it has takes no slot of the window, and tells nothing
-        about the link. The first failure cancels the other reads and is raised. Ranges must not overlap.
+        object, modulo 4096, as direct reads from a disk want it. `near` is asked first for each: what it has takes no
+        slot of the window, and tells nothing about the link. The first failure cancels the other reads and is raised.
+        Ranges must not overlap.
         """
-        async with self._fetch(key, ranges, urgency, 0, near) as views:
-            yield views
-
-    async def close(self) -> None:
-        """Await the end of reads that lost against their second try."""
-        await self._reads.close()
-
-    @asynccontextmanager
-    async def _fetch(
-        self, key: str, ranges: Sequence[Extent], urgency: float, shift: int, near: ReadNear | None = None
-    ) -> AsyncIterator[list[memoryview]]:
-        places, size = _lay_out(ranges, self._gap_bytes, shift)
+        places, size = _lay_out(ranges, self._gap_bytes)
         slab = SharedSlab(await self.pool.acquire(size, urgency=urgency))
         fetch = _Fetch(key, ranges, urgency, places, slab)
         try:
@@ -106,6 +81,10 @@ class Prefetcher:
             for _, target in fetch.requests:
                 target.slab.drop()
             slab.drop()
+
+    async def close(self) -> None:
+        """Await the end of reads that lost against their second try."""
+        await self._reads.close()
 
     async def _read_request(self, fetch: _Fetch, request: Request, target: Target) -> None:
         async with self._window.slot(fetch.urgency, target.size) as turn:
@@ -186,11 +165,11 @@ async def _run_all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
         raise failures.exceptions[0] from None
 
 
-def _lay_out(ranges: Sequence[Extent], gap_bytes: int, shift: int) -> tuple[list[int], int]:
+def _lay_out(ranges: Sequence[Extent], gap_bytes: int) -> tuple[list[int], int]:
     """Where in a slab each range begins, and how many bytes that takes in all.
 
     Ranges with small gaps between them keep them, so that one request can read them; others begin on a page of their
-    own, as far into it as they lie in a page of the object, plus `shift`.
+    own, as far into it as they lie in a page of the object.
     """
     places = [0] * len(ranges)
     size, reached = 0, -math.inf
@@ -199,7 +178,7 @@ def _lay_out(ranges: Sequence[Extent], gap_bytes: int, shift: int) -> tuple[list
         if start < max(0, reached) or end <= start:
             raise InvalidArgumentError(f"bytes {start} to {end} cannot be fetched: nothing, or fetched already")
         near = start - reached <= gap_bytes
-        places[number] = size + int(start - reached) if near else round_up(size) + (start + shift) % PAGE
+        places[number] = size + int(start - reached) if near else round_up(size) + start % PAGE
         size, reached = places[number] + end - start, end
     if not places:
         raise InvalidArgumentError("no range was given to fetch")

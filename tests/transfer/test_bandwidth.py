@@ -15,7 +15,7 @@ from kvstore_s3.transfer.window import Limit
 
 def test_nothing_is_known_before_anything_was_read() -> None:
     bandwidth = Bandwidth()
-    assert (bandwidth.bytes_per_s, bandwidth.careful_bytes_per_s, bandwidth.latency_s) == (None, None, 0.0)
+    assert (bandwidth.bytes_per_s, bandwidth.latency_s) == (None, 0.0)
 
 
 def test_small_reads_tell_the_delay_and_only_many_of_them_a_rate() -> None:
@@ -78,17 +78,6 @@ def test_a_small_lone_read_does_not_lower_what_is_known() -> None:
     assert bandwidth.bytes_per_s == pytest.approx(100 * MB)
 
 
-def test_the_careful_rate_remembers_the_worst_of_the_last_samples() -> None:
-    bandwidth = Bandwidth()
-    for number, seconds in enumerate([0.1, 0.1, 0.4, 0.1, 0.1]):
-        bandwidth.observe(8 * MB, number * 1.0, number + seconds, 1)
-    assert bandwidth.careful_bytes_per_s == pytest.approx(20 * MB)
-    assert (bandwidth.bytes_per_s or 0) > 40 * MB
-    for number in range(10):
-        bandwidth.observe(8 * MB, 10.0 + number, 10.1 + number, 1)
-    assert (bandwidth.careful_bytes_per_s or 0) > 70 * MB
-
-
 def test_the_least_of_long_ago_is_forgotten() -> None:
     least = RecentLeast(10.0)
     for now, value in ((0.0, 1.0), (5.0, 3.0), (11.0, 4.0)):
@@ -106,7 +95,5 @@ def test_whatever_is_told_the_rates_are_positive_and_finite(reads: list[tuple[in
     bandwidth = Bandwidth()
     for size, started, seconds, in_flight in sorted(reads, key=lambda read: read[1] + read[2]):
         bandwidth.observe(size, started, started + seconds, in_flight)
-        rate, careful = bandwidth.bytes_per_s, bandwidth.careful_bytes_per_s
-        assert (rate is None) == (careful is None)
-        if rate is not None and careful is not None:
-            assert 0 < careful <= rate < float("inf")
+        rate = bandwidth.bytes_per_s
+        assert rate is None or 0 < rate < float("inf")

@@ -72,7 +72,8 @@ def test_another_engine_reads_the_prompts_from_the_store(plain: Any, warmed: tup
 
 def test_damage_is_computed_instead_and_mended(plain: Any, warmed: tuple[Path, Any], run_engine: Any, tmp_path: Path):
     shutil.copytree(warmed[0], tmp_path / "store")
-    for path in (*objects_of(FIRST, tmp_path / "store"), objects_of(ALIGNED, tmp_path / "store")[1]):
+    # One object each: of several, a load may end at the first before it has met the others.
+    for path in (objects_of(FIRST, tmp_path / "store")[0], objects_of(ALIGNED, tmp_path / "store")[1]):
         path.write_bytes(path.read_bytes()[:-64] + bytes(64))
     # The engine's own prefix cache is off, so that every round asks the store; SHORT gives the last save time to end.
     run = run_engine(
@@ -86,7 +87,7 @@ def test_damage_is_computed_instead_and_mended(plain: Any, warmed: tuple[Path, A
     assert run.cached[2] == [512], "mended by the engine that computed it"
     assert run.count("kvstore_loads_failed") == 2
     assert run.count("kvstore_tokens_loaded") == 0 + 512 + 256, "of ALIGNED, what lies before the damage"
-    assert run.count("kvstore_tokens_saved") == 512 + 256
+    assert run.count("kvstore_tokens_saved") == 256 + 256
     assert len(run.log_lines("Recovered from KV load failure")) == 2, "vLLM computes instead, whatever its policy was"
 
 
