@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +16,14 @@ from kvstore_s3.quality import QUALITIES
 MiB = 1024 * 1024
 
 _CREDENTIAL = re.compile(r"secret|passw|credential|access_?key|session_?token|api_?key|auth|signature", re.IGNORECASE)
+
+
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "load_mode": ("async", "by-layer"),
+    "admission": ("cost", "always"),
+    "save_at": (1, 2),
+}
+_OPTIONAL = {"prefill_tokens_per_s", "first_token_deadline_s"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,26 @@ class Options:
     flush_s: float = 4.0
     """Seconds that a stopping engine waits for saves under way."""
 
+    load_mode: str = "async"
+    """"async": a request is scheduled once all of its layers are there, and others go on meanwhile. "by-layer": it is
+    scheduled at once, and each layer of the step waits for its own KV, with all requests of the step."""
+
+    admission: str = "cost"
+    """"cost": look up, load and save where it repays by measured speeds (docs/admission.md). "always": without asking."""
+
+    save_at: int = 1
+    """At which sight of a prefix it is saved: 1 saves whatever is computed, 2 keeps one-shot contexts out."""
+
+    prefill_tokens_per_s: float | None = None
+    """How fast the engine computes a prompt, as long as nothing was measured. None: what an earlier start measured."""
+
+    first_token_deadline_s: float | None = None
+    """Seconds to the first token that lossy profiles may be read at lower quality for, down to the setting
+    `lowest_profile`. None: quality is never lowered."""
+
+    follow_stall_s: float = 2.0
+    """Seconds without a new chunk after which a decode engine stops waiting for the prefill engine and computes."""
+
     @classmethod
     def parse(cls, extra: Mapping[str, Any], settings: Settings) -> Options:
         """Check `kv_connector_extra_config`. Raises `InvalidArgumentError`, never with a value that may be secret."""
@@ -53,8 +82,12 @@ class Options:
         values = {**defaults, **extra}
         _check_store(values["store"])
         _check_profile(values["profile"])
-        for name in known - {"store", "profile"}:
-            if name in values:
+        for name, allowed in _CHOICES.items():
+            if name in values and (values[name] not in allowed or isinstance(values[name], bool)):
+                shown = " or ".join(map(repr, allowed))
+                raise InvalidArgumentError(f"kv_connector_extra_config: {name} must be {shown}, not {values[name]!r}")
+        for name in known - {"store", "profile", *_CHOICES}:
+            if name in values and not (values[name] is None and name in _OPTIONAL):
                 _check_number(name, values[name], whole=name in {"chunk_tokens", "save_memory_bytes"})
         return cls(**values)
 
@@ -93,6 +126,6 @@ def _check_profile(profile: object) -> None:
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
     kinds = int if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
         kind = "a positive integer" if whole else "a positive number"
         raise InvalidArgumentError(f"kv_connector_extra_config: {name} must be {kind}, not {value!r}")

@@ -60,7 +60,26 @@ def test_an_unknown_profile_is_refused_with_those_there_are(profile: object):
         parse(store="file:///x", profile=profile)
 
 
-@pytest.mark.parametrize("wrong", [{"load_deadline_s": 0}, {"save_memory_bytes": 1.5}, {"chunk_tokens": True}])
+def test_what_may_be_left_open_may_be_none():
+    options = parse(store="file:///x", prefill_tokens_per_s=None, first_token_deadline_s=2)
+    assert (options.prefill_tokens_per_s, options.first_token_deadline_s) == (None, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"load_deadline_s": 0},
+        {"load_deadline_s": None},
+        {"flush_s": float("inf")},
+        {"save_memory_bytes": 1.5},
+        {"chunk_tokens": True},
+        {"load_mode": "layerwise"},
+        {"admission": "never"},
+        {"save_at": 3},
+        {"save_at": True},
+        {"prefill_tokens_per_s": -1},
+    ],
+)
 def test_a_number_that_cannot_be_meant_is_refused(wrong: dict[str, object]):
     with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
         parse(store="file:///x", **wrong)
