@@ -56,7 +56,7 @@ class Options:
     scheduled at once, and each layer of the step waits for its own KV, with all requests of the step."""
 
     admission: str = "cost"
-    """"cost": look up, load and save where it repays by measured speeds (docs/admission.md). "always": without asking."""
+    """"cost": look up, load and save where measured speeds say it repays (docs/admission.md). "always": do not ask."""
 
     save_at: int = 1
     """At which sight of a prefix it is saved: 1 saves whatever is computed, 2 keeps one-shot contexts out."""
