@@ -16,35 +16,59 @@ from kvstore_s3.connectors.vllm.plans import TokenRange
 from kvstore_s3.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from kvstore_s3.layout import KVLayout
+    from kvstore_s3.layout import KVLayout, Shard
+
+
+_CACHE_DTYPES = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
+"""What vLLM calls the KV dtypes that it keeps as bytes. Others are the model's own, "auto"."""
 
 
 @dataclass(frozen=True, slots=True)
 class PagedCache:
-    """One cache for each layer, [blocks, kv heads, block tokens, 2 * head dim], in layer order."""
+    """The caches of the layers that this process holds, in layer order.
+
+    Each is [blocks, kv heads, block tokens, 2 * head dim], of the layout's dtype. The first is that of layer
+    `layer_begin`: layers are counted as the model counts them.
+    """
 
     layers: tuple[torch.Tensor, ...]
     packing: Packing
+    layer_begin: int = 0
 
     @classmethod
-    def adopt(cls, caches: Mapping[str, torch.Tensor], layout: KVLayout, block_tokens: int) -> PagedCache:
-        """Take over the caches that vLLM registers, by layer name. Raises `UnsupportedModelError` for other shapes."""
+    def adopt(
+        cls,
+        caches: Mapping[str, torch.Tensor],
+        layout: KVLayout,
+        block_tokens: int,
+        *,
+        shard: Shard | None = None,
+        model_dtype: torch.dtype | None = None,
+    ) -> PagedCache:
+        """Take over the caches that vLLM registers, by layer name.
+
+        `shard` is what this rank holds (None: all); `model_dtype` what the model computes in, where that is not the
+        layout's dtype. Raises `UnsupportedModelError` for other layers, shapes and dtypes, and unknown packings.
+        """
+        shard = shard or layout.full_shard
         numbered = sorted(
             ((extract_layer_index(name), cache) for name, cache in _by_layer(caches)), key=lambda item: item[0]
         )
-        layers = tuple(cache for _, cache in numbered)
-        if [number for number, _ in numbered] != list(range(layout.layers)):
+        if [number for number, _ in numbered] != list(range(shard.layer_begin, shard.layer_end)):
             raise UnsupportedModelError(
-                f"vLLM keeps KV for layers {sorted(caches)}, the model has {layout.layers} layers"
+                f"vLLM keeps KV for the layers {sorted(caches)}; this rank should hold layers {shard.layer_begin} to "
+                f"{shard.layer_end - 1} of the model's {layout.layers} layers"
             )
-        shape = (layout.kv_heads, block_tokens, 2 * layout.head_dim)
-        for cache in layers:
-            if tuple(cache.shape[1:]) != shape or not cache.is_contiguous() or _name(cache.dtype) != layout.dtype:
-                raise UnsupportedModelError(
-                    f"vLLM's KV cache is {list(cache.shape)} of {cache.dtype}, contiguous: {cache.is_contiguous()}; "
-                    f"expected [blocks, {', '.join(map(str, shape))}] of {layout.dtype}, contiguous"
-                )
-        return cls(layers, find_packing(layout, block_tokens))
+        dtype = getattr(torch, layout.dtype)
+        layers = tuple(
+            _checked(cache, (shard.heads, block_tokens, 2 * layout.head_dim), dtype) for _, cache in numbered
+        )
+        return cls(layers, find_packing(layout, block_tokens, model_dtype or dtype), shard.layer_begin)
+
+    @property
+    def layer_end(self) -> int:
+        """One past the last layer, as the model counts them."""
+        return self.layer_begin + len(self.layers)
 
     @property
     def block_tokens(self) -> int:
@@ -55,28 +79,40 @@ class PagedCache:
         return read_tokens(self.layers, block_ids, self.packing, begin=tokens.begin, end=tokens.end)
 
     def write(self, layer_begin: int, kv: torch.Tensor, block_ids: Sequence[int]) -> None:
-        """Fill whole `block_ids`, layers from `layer_begin` on, with `kv` [layers, 2, tokens, kv heads, head dim]."""
-        for layer, values in enumerate(kv, start=layer_begin):
+        """Fill whole `block_ids`, from the model's layer `layer_begin` on.
+
+        `kv` is [layers, 2, tokens, kv heads, head dim]; this process must hold all those layers.
+        """
+        if not self.layer_begin <= layer_begin <= layer_begin + len(kv) <= self.layer_end:
+            raise ValueError(
+                f"layers {layer_begin} to {layer_begin + len(kv)} are not all among {self.layer_begin} to "
+                f"{self.layer_end}, which this process holds"
+            )
+        for layer, values in enumerate(kv, start=layer_begin - self.layer_begin):
             write_blocks(self.layers[layer], block_ids, self.packing, kv=values)
 
 
-def find_packing(layout: KVLayout, block_tokens: int) -> Packing:
+def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) -> Packing:
     """Find out how the engine packs a page, by letting its own kernel write one and comparing every bit.
 
     Raises `UnsupportedModelError` where no known packing fits.
     """
-    dtype = getattr(torch, layout.dtype)
-    isa = _get_attn_isa(dtype, block_tokens, layout.head_dim)
-    keys, values = torch.randn((2, block_tokens, 1, layout.head_dim), generator=torch.Generator().manual_seed(0)).to(
-        dtype
-    )
+    dtype, cache_dtype = getattr(torch, layout.dtype), _CACHE_DTYPES.get(layout.dtype, "auto")
+    isa = _get_attn_isa(model_dtype, block_tokens, layout.head_dim, cache_dtype)
+    shape = (2, block_tokens, 1, layout.head_dim)
+    kept = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # in fp8, what a scale of 1 keeps
+    keys, values = kept.to(model_dtype)
     page = torch.zeros((1, 1, block_tokens, 2 * layout.head_dim), dtype=dtype)
-    key_half, value_half = page.view(1, 1, 2 * block_tokens, layout.head_dim).chunk(2, dim=2)
-    cpu_attn_reshape_and_cache(keys, values, key_half, value_half, torch.arange(block_tokens), isa)
-    packing = recognise(page[0], keys, values)
+    stored = page.view(torch.uint8) if cache_dtype != "auto" else page
+    key_half, value_half = stored.view(1, 1, 2 * block_tokens, layout.head_dim).chunk(2, dim=2)
+    slots = torch.arange(block_tokens)
+    cpu_attn_reshape_and_cache(keys, values, key_half, value_half, slots, isa, kv_cache_dtype=cache_dtype)
+    packing = recognise(page[0], kept[0], kept[1])
     if packing is None:
         known = ", ".join(known.name for known in PACKINGS)
-        raise UnsupportedModelError(f"the CPU's page packing for {isa!r} is not understood (known: {known})")
+        raise UnsupportedModelError(
+            f"the CPU's page packing for {isa!r} and {layout.dtype} is not understood (known: {known})"
+        )
     return packing
 
 
@@ -87,5 +123,12 @@ def _by_layer(caches: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     return list(caches.items())
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _checked(cache: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return the cache with its elements typed. vLLM keeps fp8 as plain bytes."""
+    as_bytes = dtype.itemsize == 1 and cache.dtype == torch.uint8
+    if tuple(cache.shape[1:]) != shape or not cache.is_contiguous() or not (as_bytes or cache.dtype == dtype):
+        raise UnsupportedModelError(
+            f"vLLM's KV cache is {list(cache.shape)} of {cache.dtype}, contiguous: {cache.is_contiguous()}; "
+            f"expected [blocks, {', '.join(map(str, shape))}] of {dtype}, contiguous"
+        )
+    return cache.view(dtype)

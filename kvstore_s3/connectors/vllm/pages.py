@@ -94,9 +94,13 @@ def recognise(page: Tensor, keys: Tensor, values: Tensor) -> Packing | None:
             continue
         found = torch.empty((2, *keys.shape), dtype=page.dtype)
         read_blocks(page[None], [0], packing, out=found)
-        if torch.equal(found[0], keys) and torch.equal(found[1], values):
+        if _same_bits(found[0], keys) and _same_bits(found[1], values):
             return packing
     return None
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
 def _matching_views(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import torch
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
 
 _KV_DTYPES = ("bfloat16", "float16", "float32")
 """KV dtypes that are what the model computed, without scales."""
+
+_FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+"""KV dtypes of one byte with one scale for all that a layer keeps, fixed when the weights are loaded."""
+
+_DRAFTS_WITHOUT_KV = ("ngram", "suffix")
+"""Ways to guess tokens that look at token ids alone."""
+
+REQUEST_REASONS = {
+    "lora-unknown": "the content of its LoRA adapter is not known for sure",
+    "multimodal": "it has images or other inputs beside its tokens",
+    "embeds": "it comes as embeddings instead of tokens",
+    "in-parts": "its prompt arrives in parts",
+    "pooling": "it asks for a pooled output, for which every token is computed",
+    "no-prefix-cache": "it asks to skip the prefix cache, as one for log-probabilities of its prompt does",
+}
+"""Why single requests are left alone: label of the metric, and what it says."""
 
 _WEIGHTS_AS_STORED = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer")
 """Load formats that give the model the weights that lie in its directory, which the namespace's digest covers."""
@@ -46,41 +63,56 @@ def check_store(options: Options) -> None:
 def make_namespace(config: VllmConfig, kv_cache: KVCacheConfig, chunk_tokens: int) -> Namespace:
     """The namespace of the engine's model: what any engine makes of the same directory and KV dtype.
 
-    A hub id is resolved to its directory first, so that the weights' content counts and not the name it came by.
+    A hub id is resolved to its directory first, so that the weights' content counts and not the name it came by. It is
+    one namespace for all ranks: each of them has a part of its KV.
     """
     model = config.model_config
     directory = find_model_directory(model.model, commit=model.revision)
-    dtype = kv_cache.kv_cache_groups[0].kv_cache_spec.dtype
-    return Namespace.from_model(directory, dtype=dtype, chunk_tokens=chunk_tokens, variant=_variant(model))
+    return Namespace.from_model(
+        directory, dtype=kv_dtype(config, kv_cache), chunk_tokens=chunk_tokens, variant=_variant(config, kv_cache)
+    )
 
 
-def ineligible_reason(request: Request) -> str | None:
-    """Why this request is neither saved nor loaded: its KV depends on more than model, token ids and salt."""
-    if request.lora_request is not None:
-        return "a LoRA adapter"
+def kv_dtype(config: VllmConfig, kv_cache: KVCacheConfig) -> torch.dtype:
+    """What an element of the KV cache is. vLLM says "bytes" for fp8."""
+    kept: torch.dtype = kv_cache.kv_cache_groups[0].kv_cache_spec.dtype
+    return _FP8.get(config.cache_config.cache_dtype, kept) if kept == torch.uint8 else kept
+
+
+def ineligible_reason(request: Request, *, adapters: bool = False) -> str | None:
+    """Why this request is neither saved nor loaded, a key of `REQUEST_REASONS`; None where it may be both.
+
+    `adapters`: the caller tells LoRA adapters apart by their content; else such requests are left alone, too.
+    """
+    if request.lora_request is not None and not adapters:
+        return "lora-unknown"
     if request.mm_features:
-        return "multimodal inputs"
+        return "multimodal"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
-        return "prompt embeddings"
+        return "embeds"
     if request.resumable:
-        return "a prompt that arrives in parts"
+        return "in-parts"
     if request.pooling_params is not None:
         return "pooling"
+    if request.skip_reading_prefix_cache:
+        return "no-prefix-cache"
     return None
 
 
 def _parallel_reasons(config: VllmConfig) -> Iterator[str]:
     parallel = config.parallel_config
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "prefill_context_parallel_size",
-        "decode_context_parallel_size",
-    ):
+    for name in ("prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(parallel, name) > 1:
             yield f"{name} is {getattr(parallel, name)} (only 1 is supported)"
-    if config.speculative_config is not None:
-        yield "speculative decoding is on"
+    ranks, heads = parallel.tensor_parallel_size, config.model_config.get_total_num_kv_heads()
+    if max(ranks, heads) % min(ranks, heads):
+        yield f"tensor_parallel_size is {ranks}, which does not divide the {heads} KV heads, nor they it"
+    speculative = config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
+        yield (
+            f"speculative decoding by {speculative.method!r} may keep KV of its own "
+            f"(only {' and '.join(_DRAFTS_WITHOUT_KV)} are supported)"
+        )
     if not current_platform.is_cpu():
         yield f"pages of the {current_platform.device_name} backend are not unpacked yet (only the CPU's are)"
 
@@ -114,15 +146,29 @@ def _cache_reasons(config: VllmConfig, kv_cache: KVCacheConfig) -> Iterator[str]
 
 
 def _dtype_reasons(config: VllmConfig, spec: FullAttentionSpec) -> Iterator[str]:
-    name = str(spec.dtype).removeprefix("torch.")
-    if name not in _KV_DTYPES or spec.kv_quant_mode:
-        yield f"the KV cache is quantised (kv_cache_dtype {config.cache_config.cache_dtype!r}, kept as {name})"
+    cache, name = config.cache_config, str(spec.dtype).removeprefix("torch.")
+    if cache.kv_cache_dtype_skip_layers:
+        yield f"kv_cache_dtype_skip_layers keeps some layers in another dtype: {cache.kv_cache_dtype_skip_layers}"
+    if cache.cache_dtype in _FP8 and spec.dtype == torch.uint8:
+        return
+    if spec.kv_quant_mode or name not in _KV_DTYPES:
+        yield (
+            f"the KV cache is quantised with scales of its own (kv_cache_dtype {cache.cache_dtype!r}, kept as {name}; "
+            f"{', '.join(_FP8)} are supported)"
+        )
     elif spec.dtype != config.model_config.dtype:
         yield f"the KV cache is {name} but the model computes in {config.model_config.dtype}"
 
 
-def _variant(model: Any) -> str | None:
-    """Name what changes KV at run time: weights quantised on loading, which the directory does not show."""
-    if model.quantization is None or getattr(model.hf_config, "quantization_config", None) is not None:
-        return None
-    return f"vllm quantization={model.quantization}"
+def _variant(config: VllmConfig, kv_cache: KVCacheConfig) -> str | None:
+    """Name what changes KV at run time and the directory does not show: weights or KV quantised by the engine.
+
+    Scales of an fp8 KV cache are the checkpoint's, which the digest of the weights covers, or 1. vLLM 0.32 computes
+    none at run time but per token, which is refused.
+    """
+    model, parts = config.model_config, []
+    if model.quantization is not None and getattr(model.hf_config, "quantization_config", None) is None:
+        parts.append(f"quantization={model.quantization}")
+    if kv_cache.kv_cache_groups[0].kv_cache_spec.dtype == torch.uint8:
+        parts.append(f"fp8 KV of {str(model.dtype).removeprefix('torch.')}")
+    return f"vllm {', '.join(parts)}" if parts else None

@@ -69,7 +69,7 @@ def layout(**changes: object) -> KVLayout:
 
 
 def test_the_packing_of_this_machine_is_found():
-    assert find_packing(layout(), 128) in PACKINGS
+    assert find_packing(layout(), 128, torch.bfloat16) in PACKINGS
 
 
 def test_caches_are_adopted_in_layer_order_whatever_order_they_come_in():
@@ -91,5 +91,5 @@ def test_caches_of_another_shape_are_refused(shape: tuple[int, ...], named: str)
 
 def test_a_model_with_layers_that_vllm_does_not_keep_is_refused():
     caches = {"model.layers.0.self_attn.attn": torch.zeros(3, 2, 32, 128).bfloat16()}
-    with pytest.raises(UnsupportedModelError, match="the model has 2 layers"):
+    with pytest.raises(UnsupportedModelError, match="should hold layers 0 to 1 of the model's 2"):
         PagedCache.adopt(caches, layout(), 32)

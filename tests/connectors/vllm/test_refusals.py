@@ -17,11 +17,17 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVQuantMode,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
-from kvstore_s3.connectors.vllm.refusals import check_engine, ineligible_reason, make_namespace  # noqa: E402
+from kvstore_s3.connectors.vllm.refusals import (  # noqa: E402
+    REQUEST_REASONS,
+    check_engine,
+    ineligible_reason,
+    make_namespace,
+)
 from kvstore_s3.errors import UnsupportedModelError  # noqa: E402
 from kvstore_s3.namespace import Namespace  # noqa: E402
 
@@ -49,11 +55,12 @@ def test_a_plain_engine_is_accepted(config: Any):
 @pytest.mark.parametrize(
     ("section", "name", "value", "named"),
     [
-        ("parallel_config", "tensor_parallel_size", 2, "tensor_parallel_size is 2"),
-        ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size is 2"),
+        ("parallel_config", "tensor_parallel_size", 3, "tensor_parallel_size is 3, which does not divide the 4 KV"),
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size is 2"),
         ("parallel_config", "prefill_context_parallel_size", 2, "prefill_context_parallel_size is 2"),
-        (None, "speculative_config", object(), "speculative decoding"),
+        (None, "speculative_config", SimpleNamespace(method="eagle"), "speculative decoding by 'eagle'"),
+        (None, "speculative_config", SimpleNamespace(method="draft_model"), "speculative decoding by 'draft_model'"),
+        ("cache_config", "kv_cache_dtype_skip_layers", ["1"], "kv_cache_dtype_skip_layers"),
         ("model_config", "hf_overrides", {"rope_theta": 1}, "hf_overrides"),
         ("load_config", "load_format", "dummy", "load_format is 'dummy'"),
         ("model_config", "dtype", torch.float32, "model computes in torch.float32"),
@@ -68,13 +75,31 @@ def test_an_engine_that_is_not_supported_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("parallel_config", "tensor_parallel_size", 2),
+        ("parallel_config", "tensor_parallel_size", 8),
+        ("parallel_config", "pipeline_parallel_size", 2),
+        (None, "speculative_config", SimpleNamespace(method="ngram")),
+        (None, "speculative_config", SimpleNamespace(method="suffix")),
+    ],
+)
+def test_engines_of_these_shapes_are_accepted(
+    config: Any, monkeypatch: pytest.MonkeyPatch, section: str | None, name: str, value: object
+):
+    monkeypatch.setattr(getattr(config, section) if section else config, name, value)
+    check_engine(config, caches(FULL))
+
+
+@pytest.mark.parametrize(
     ("specs", "named"),
     [
         ((FULL, SlidingWindowSpec(**SHAPE, sliding_window=512)), "hybrid: 2 groups of FullAttentionSpec, Sliding"),
         ((SlidingWindowSpec(**SHAPE, sliding_window=512),), "SlidingWindowSpec"),
         ((FullAttentionSpec(**SHAPE, sliding_window=512),), "sliding window"),
         ((MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1}),), "MLAAttentionSpec"),
-        ((FullAttentionSpec(**{**SHAPE, "dtype": torch.float8_e4m3fn}),), "quantised"),
+        ((FullAttentionSpec(**{**SHAPE, "dtype": torch.int8}),), "quantised with scales of its own"),
+        ((FullAttentionSpec(**SHAPE, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD),), "quantised with scales of its"),
     ],
 )
 def test_a_cache_that_is_not_supported_is_refused_by_name(config: Any, specs: tuple[Any, ...], named: str):
@@ -83,8 +108,8 @@ def test_a_cache_that_is_not_supported_is_refused_by_name(config: Any, specs: tu
 
 
 def test_all_reasons_are_told_at_once(config: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(config.parallel_config, "tensor_parallel_size", 4)
-    with pytest.raises(UnsupportedModelError, match=r"tensor_parallel_size is 4.*hybrid"):
+    monkeypatch.setattr(config.parallel_config, "tensor_parallel_size", 3)
+    with pytest.raises(UnsupportedModelError, match=r"tensor_parallel_size is 3.*hybrid"):
         check_engine(config, caches(FULL, SlidingWindowSpec(**SHAPE, sliding_window=512)))
 
 
@@ -92,6 +117,28 @@ def test_the_namespace_is_that_of_the_model_directory(config: Any, llama: Path):
     made = make_namespace(config, caches(FULL), 256)
     assert made.digest == Namespace.from_model(llama, dtype=torch.bfloat16).digest
     assert make_namespace(config, caches(FULL), 128).digest != made.digest
+
+
+def test_fp8_kv_is_a_namespace_of_its_own_that_names_its_dtype(config: Any, monkeypatch: pytest.MonkeyPatch):
+    plain = make_namespace(config, caches(FULL), 256)
+    fp8 = caches(FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR))
+    found = {}
+    for name in ("fp8", "fp8_e4m3", "fp8_e5m2"):
+        monkeypatch.setattr(config.cache_config, "cache_dtype", name)
+        check_engine(config, fp8)
+        found[name] = make_namespace(config, fp8, 256)
+    assert found["fp8"].layout.dtype == "float8_e4m3fn"
+    assert found["fp8_e5m2"].layout.dtype == "float8_e5m2"
+    assert found["fp8"].digest == found["fp8_e4m3"].digest
+    assert len({plain.digest, *(namespace.digest for namespace in found.values())}) == 3
+
+
+def test_fp8_kv_of_a_model_in_another_dtype_is_another_namespace(config: Any, monkeypatch: pytest.MonkeyPatch):
+    fp8 = caches(FullAttentionSpec(**{**SHAPE, "dtype": torch.uint8}))
+    monkeypatch.setattr(config.cache_config, "cache_dtype", "fp8")
+    bfloat16 = make_namespace(config, fp8, 256)
+    monkeypatch.setattr(config.model_config, "dtype", torch.float16)
+    assert make_namespace(config, fp8, 256).digest != bfloat16.digest
 
 
 def test_weights_quantised_on_loading_are_another_namespace(config: Any, monkeypatch: pytest.MonkeyPatch):
@@ -103,17 +150,27 @@ def test_weights_quantised_on_loading_are_another_namespace(config: Any, monkeyp
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"lora_request": object()}, "LoRA"),
+        ({"lora_request": object()}, "lora-unknown"),
         ({"mm_features": [object()]}, "multimodal"),
-        ({"prompt_token_ids": None}, "prompt embeddings"),
-        ({"prompt_embeds": object()}, "prompt embeddings"),
-        ({"resumable": True}, "in parts"),
+        ({"prompt_token_ids": None}, "embeds"),
+        ({"prompt_embeds": object()}, "embeds"),
+        ({"resumable": True}, "in-parts"),
         ({"pooling_params": object()}, "pooling"),
+        ({"skip_reading_prefix_cache": True}, "no-prefix-cache"),
         ({}, None),
     ],
 )
 def test_requests_whose_kv_is_not_named_by_their_tokens_are_left_alone(change: dict[str, Any], reason: str | None):
-    request: Any = SimpleNamespace(
+    assert ineligible_reason(a_request(**change)) == reason
+    assert reason is None or reason in REQUEST_REASONS
+
+
+def test_a_request_with_an_adapter_is_served_where_adapters_are_told_apart():
+    assert ineligible_reason(a_request(lora_request=object()), adapters=True) is None
+
+
+def a_request(**change: Any) -> Any:
+    return SimpleNamespace(
         **{
             "lora_request": None,
             "mm_features": [],
@@ -121,11 +178,10 @@ def test_requests_whose_kv_is_not_named_by_their_tokens_are_left_alone(change: d
             "prompt_embeds": None,
             "resumable": False,
             "pooling_params": None,
+            "skip_reading_prefix_cache": False,
             **change,
         }
     )
-    found = ineligible_reason(request)
-    assert found is None if reason is None else reason in str(found)
 
 
 def test_a_hybrid_model_is_refused_when_the_engine_starts(run_engine: Any, tmp_path: Path):
