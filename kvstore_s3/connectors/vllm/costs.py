@@ -1,0 +1,264 @@
+"""What things cost, learned from how long they took: prefill by position, transfers by size. Pure but for one file.
+
+Time comes as an argument. Objects here are for one thread, the scheduler's; calls take some 10 microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from kvstore_s3.errors import InvalidArgumentError
+from kvstore_s3.planner import PrefillSpeed
+
+WINDOW = 48
+"""Samples that are remembered. A lasting change is believed once it makes up half of them."""
+
+ENOUGH = 8
+"""Samples from which on more than one coefficient is fitted; fewer could be explained in too many ways."""
+
+_ITERATIONS = 2
+"""Steps of reweighting for each fit. Fits start from the last one, so that a few steps in all are enough."""
+
+_NO_NOISE = 0.02
+"""Relative residuals below this are not told apart: no sample rules the fit because it was met exactly."""
+
+_TO_SIGMA = 1.4826
+"""Standard deviation of a normal distribution, from the median of the absolute deviations."""
+
+_RIDGE = 0.003
+"""Pull of the coefficients behind the first towards zero, as a share of their own weight: what the samples do not tell
+apart is the first one's."""
+
+_SURE = 2.0
+"""Standard errors by which a position term must be above zero: it is used far beyond the positions it was seen at."""
+
+_MOST_UNENDED = 16
+"""Steps under way at once. More means that ends were not told, and the oldest are forgotten."""
+
+_LEAST_TOKENS = 32
+"""Steps with fewer prompt tokens tell nothing of prefill."""
+
+_MAX_FILE_BYTES = 4096
+
+Floats = NDArray[np.float64]
+
+
+class LinearFit:
+    """`seconds = features @ coefficients`, no coefficient below zero, from the last `WINDOW` samples.
+
+    Least absolute relative residuals (iteratively reweighted least squares): half of the samples may be far off without
+    moving it. The first feature is the one that counts; the others are as `known` until there are `ENOUGH` samples, and
+    zero where these do not tell them apart.
+    """
+
+    def __init__(self, known: Sequence[float], *, window: int = WINDOW) -> None:
+        """`known`: the coefficients to begin with, the first of which is not used; `window` samples are remembered."""
+        self._known: Floats = np.array(known, dtype=np.float64)
+        self._features = np.zeros((window, len(known)))
+        self._seconds = np.zeros(window)
+        self.samples = 0
+        self.coefficients: Floats = self._known.copy()
+
+    def add(self, features: Sequence[float], seconds: float) -> None:
+        """One sample; its first feature and `seconds` are above zero."""
+        at = self.samples % len(self._seconds)
+        self._features[at], self._seconds[at] = features, seconds
+        self.samples += 1
+
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.samples = 0
+        self.coefficients = self._known.copy()
+
+    def fit(self) -> None:
+        """Bring `coefficients` up to date."""
+        features, seconds = self.window()
+        if self.samples < ENOUGH:
+            rates = np.sort(np.maximum(seconds - features[:, 1:] @ self._known[1:], 0.0) / features[:, 0])
+            self.coefficients[0] = rates[(len(rates) - 1) // 2]  # of two the faster: what goes wrong is slow
+            return
+        for _ in range(_ITERATIONS):
+            off = np.abs(features @ self.coefficients - seconds) / seconds
+            weights = 1 / (np.maximum(off, _NO_NOISE) * seconds * seconds)
+            self.coefficients = _solve(features, seconds, weights)
+
+    def fit_rest(self, fixed: int, coefficient: float) -> None:
+        """Fit the other coefficients, with that of feature `fixed` (the last) given."""
+        features, seconds = self.window()
+        rest = seconds - coefficient * features[:, fixed]
+        off = np.abs(features @ self.coefficients - seconds) / seconds
+        weights = 1 / (np.maximum(off, _NO_NOISE) * seconds * seconds)
+        self.coefficients = np.append(_solve(features[:, :fixed], rest, weights), coefficient)
+
+    def standard_error(self, feature: int) -> float:
+        """Of its coefficient, from the scatter of the samples."""
+        features, seconds = self.window()
+        relative = features / seconds[:, None]
+        scatter = _TO_SIGMA * float(np.median(np.abs(features @ self.coefficients / seconds - 1)))
+        products = relative.T @ relative
+        products.flat[:: len(products) + 1] *= 1 + _RIDGE
+        return scatter * math.sqrt(np.linalg.inv(products)[feature, feature])
+
+    def window(self) -> tuple[Floats, Floats]:
+        """Features [samples, features] and seconds [samples] of the samples that are remembered."""
+        count = min(self.samples, len(self._seconds))
+        return self._features[:count], self._seconds[:count]
+
+
+def _solve(features: Floats, seconds: Floats, weights: Floats) -> Floats:
+    """Weighted least squares with no coefficient below zero: the most negative one is set to zero, one by one."""
+    weighted = features * weights[:, None]
+    products, targets = weighted.T @ features, weighted.T @ seconds
+    ridge = np.diagonal(products) * _RIDGE
+    ridge[0] = 1e-12 * products[0, 0]
+    products.flat[:: len(products) + 1] += ridge
+    free = [index for index in range(len(products)) if products[index, index] > 0]
+    solution = np.zeros(len(products))
+    while free:
+        found = np.linalg.solve(products[np.ix_(free, free)], targets[free])
+        lowest = int(np.argmin(found))
+        if found[lowest] >= 0:
+            solution[free] = found
+            break
+        del free[lowest]
+    return solution
+
+
+@dataclass(slots=True)
+class _Step:
+    begun: float
+    tokens: int
+    positions: float
+    measured: bool
+
+
+class PrefillMeter:
+    """How fast the engine computes prompts, from the times of its steps.
+
+    A step takes a fixed time, a time for each token and more for each position before it (attention). Steps may be
+    begun before earlier ones have ended, in which case a step's time counts from the end of the one before it. Steps of
+    mostly decoding tell nothing and are skipped; a few decodes beside a prompt count as tokens of it.
+    """
+
+    def __init__(self, *, given: PrefillSpeed | None = None, prior: PrefillSpeed | None = None) -> None:
+        """`given` is believed instead of any measurement; `prior`, what an earlier engine measured, until there is one.
+
+        Where the steps do not tell how attention grows with the position, that is taken from `prior` for good.
+        """
+        self._given = given
+        self._prior = prior
+        self._fit = LinearFit((0.0, 0.0, prior.seconds_per_token_position if prior else 0.0))
+        """Features: tokens, one, sum of the tokens' positions."""
+        self._steps: deque[_Step] = deque(maxlen=_MOST_UNENDED)
+        self._last_end = -np.inf
+        self._measured: PrefillSpeed | None = None
+
+    @property
+    def speed(self) -> PrefillSpeed | None:
+        """What is believed now; None: nothing is known yet."""
+        return self._given or self._measured or self._prior
+
+    @property
+    def measured(self) -> PrefillSpeed | None:
+        """What this engine's own steps say, to be remembered; None until there are some."""
+        return self._measured if self._fit.samples >= ENOUGH else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Prompt tokens per second at the beginning of a prompt, for people to see."""
+        speed = self.speed
+        return 1 / speed.seconds_per_token if speed is not None and speed.seconds_per_token > 0 else None
+
+    def seconds(self, begin: int, end: int) -> float | None:
+        """Seconds to compute the tokens at positions `begin` to `end` of a prompt; None: not known."""
+        speed = self.speed
+        return None if speed is None else speed.seconds(begin, end)
+
+    def begin_step(self, now: float, spans: Sequence[tuple[int, int]], decodes: int, *, measured: bool = True) -> None:
+        """The engine begins a step: `spans` are the positions of the prompt tokens that it computes, by request.
+
+        `decodes` requests compute one token. `measured` False: the step will wait for something else, such as a load
+        by layers, and its time tells nothing.
+        """
+        tokens = sum(end - begin for begin, end in spans)
+        positions = sum((end - begin) * (begin + end) / 2 for begin, end in spans)
+        worth = measured and tokens >= _LEAST_TOKENS and tokens >= decodes
+        self._steps.append(_Step(now, tokens + decodes, positions, worth))
+
+    def end_step(self, now: float) -> None:
+        """The oldest step that was begun has ended."""
+        if not self._steps:
+            return
+        step = self._steps.popleft()
+        seconds = now - max(step.begun, self._last_end)
+        self._last_end = now
+        if step.measured and seconds > 0:
+            self._fit.add((step.tokens, 1.0, step.positions), seconds)
+            if self._fit.samples < 2 * ENOUGH or self._fit.samples % 4 == 0:
+                self._learn()
+
+    def _learn(self) -> None:
+        self._fit.fit()
+        attention = float(self._fit.coefficients[2])
+        if self._fit.samples >= ENOUGH:
+            attention = self._sure_attention(attention)
+            self._fit.fit_rest(2, attention)
+        each = float(self._fit.coefficients[0])
+        if each > 0:
+            self._measured = PrefillSpeed(each, attention)
+
+    def _sure_attention(self, found: float) -> float:
+        """Seconds for each position before a token: what is surely there, or as much as was known before."""
+        before = self._prior.seconds_per_token_position if self._prior else 0.0
+        sure = found - _SURE * self._fit.standard_error(2) if found > 0 else 0.0
+        return max(sure, min(before, found) if found > 0 else before)
+
+
+def speed_file(cache_dir: Path, *parts: object) -> Path:
+    """Where the speed of an engine is remembered; `parts` say which: namespace, device, threads, ranks."""
+    name = blake3("\n".join(map(str, parts)).encode()).hexdigest()[:32]
+    return cache_dir / "prefill" / f"{name}.json"
+
+
+def remember(path: Path, speed: PrefillSpeed) -> None:
+    """Write `speed` for the next engine, in one move. Blocking. Not being able to is no fault: it is measured again."""
+    document = {
+        "version": 1,
+        "seconds_per_token": speed.seconds_per_token,
+        "seconds_per_token_position": speed.seconds_per_token_position,
+    }
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new-")
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                json.dump(document, file)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def recall(path: Path) -> PrefillSpeed | None:
+    """What an earlier engine remembered; None where there is nothing, or nothing that can be understood. Blocking."""
+    try:
+        with path.open("rb") as file:
+            document = json.loads(file.read(_MAX_FILE_BYTES))
+        if document["version"] != 1:
+            return None
+        each, position = document["seconds_per_token"], document["seconds_per_token_position"]
+        return PrefillSpeed(float(each), float(position)) if each > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InvalidArgumentError):
+        return None
