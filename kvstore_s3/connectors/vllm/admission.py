@@ -39,6 +39,7 @@ _FADE = 0.9
 
 SHORT = "short"
 NOT_WORTH_IT = "not-worth-it"
+UNLIKELY = "unlikely"
 FIRST_SIGHT = "first-sight"
 
 
@@ -95,7 +96,7 @@ class Admission:
     """Decides for the scheduler; for its thread alone. Each call takes some microseconds, however long the prompt.
 
     Answers are None for yes, else the reason, as a metric's label: "short" (a longer prompt would repay),
-    "not-worth-it" and "first-sight". With `always`, only prompts without a whole chunk are left alone; `save_at` holds.
+    "not-worth-it", "unlikely" and "first-sight". With `always`, only prompts without a whole chunk are left alone; `save_at` holds.
     """
 
     def __init__(
@@ -130,7 +131,11 @@ class Admission:
     # Questions.
 
     def may_look_up(self, prompt_tokens: int) -> str | None:
-        """Whether a new request should wait for the store's answer. To be asked once for each: it earns credit."""
+        """Whether a new request should wait for the store's answer. To be asked once for each: it earns credit.
+
+        "unlikely": look up, as saves need the answer too, but do not let the request wait for it. The other reasons
+        leave the request alone.
+        """
         whole = floor_to(prompt_tokens, self._chunk_tokens)
         if not whole:
             return self._decide(Decision("lookup", 0, prompt_tokens, SHORT))
@@ -140,7 +145,7 @@ class Admission:
         self._earn(MISS_SHARE * (self.meter.seconds(0, prompt_tokens) or 0.0))
         reason, load, wait = self._weigh(whole, prefill)
         if reason is None and wait is not None and self._credit_s <= 0 and wait > MISS_SHARE * prefill:
-            reason = NOT_WORTH_IT
+            reason = UNLIKELY
         return self._decide(Decision("lookup", 0, whole, reason, prefill, load, wait, self._credit_s))
 
     def patience_s(self, begin: int, prompt_tokens: int, deadline_s: float) -> float:
@@ -175,12 +180,19 @@ class Admission:
 
     # What was measured.
 
-    def note_lookup(self, waited_s: float, *, hit_tokens: int = 0, hit_bytes: int = 0) -> None:
-        """A lookup ended, or was given up, and its request waited `waited_s` for it: 0 where it waited anyway."""
-        self._waits.append(waited_s)
-        self._waited_at = self._clock()
-        self._credit_s -= waited_s
+    def note_lookup(self, waited_s: float | None, *, hit_tokens: int = 0, hit_bytes: int = 0) -> None:
+        """A lookup ended, or was given up, and its request waited `waited_s` for it; the hit is all that is stored.
+
+        None: the request did not wait, and what was found came too late for it. That earns what waiting would have.
+        """
         self._note_size(hit_tokens, hit_bytes)
+        if waited_s is not None:
+            self._waits.append(waited_s)
+            self._waited_at = self._clock()
+            self._credit_s -= waited_s
+        elif hit_tokens:
+            load = self._load_seconds(hit_bytes, near=False) or 0.0
+            self._earn(max(0.0, (self.meter.seconds(0, hit_tokens) or 0.0) - load - (self._wait_seconds() or 0.0)))
 
     def note_load(self, begin: int, end: int, size: int, seconds: float, *, near: bool) -> None:
         """Tokens `begin` to `end`, `size` bytes encoded, were loaded in `seconds`, from the order to the report."""
