@@ -31,6 +31,8 @@ from kvstore_s3.objectstore.base import Buffer, ObjectInfo, ObjectStore
 from kvstore_s3.objectstore.breaker import Breaker, Ticket
 
 log = logging.getLogger("kvstore_s3")
+outages = logging.getLogger("kvstore_s3.outages")
+"""For the lines that the whole store is left alone and is back: whoever says so in its own words silences it."""
 
 _ANSWERS = (ObjectNotFoundError, DamagedObjectError)
 """Errors of one object: the store is well."""
@@ -42,7 +44,7 @@ class GuardedStore:
 
     Beside the errors of the store: `StoreUnavailableError` at once while the store is left alone, and for writes
     `StoreBusyError` at once while it asks to slow down; both name the last failure and when it is tried again.
-    Counters: "breaker_opened", "breaker_rejected", "writes_shed".
+    Counters: "breaker_opened", "breaker_rejected", "writes_shed", "store_read_bytes".
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class GuardedStore:
         self._silent_since: float | None = None
         self._busy = False
         self._trial_ended = asyncio.Event()
+        self._well = asyncio.Event()
+        self._well.set()
         self._healing: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -92,6 +96,14 @@ class GuardedStore:
         """As `ObjectStore.probe`; it goes through in every state, and where it succeeds requests are made again."""
         await self._probe(decisive=False, limit_s=None)
 
+    async def check(self) -> None:
+        """As `probe`, for whoever doubts the store: one failure is enough for it to be left alone until it is well."""
+        await self._probe(decisive=True, limit_s=2 * self._patience_s)
+
+    async def wait_until_available(self) -> None:
+        """Return when requests are made, or when the store is closed."""
+        await self._well.wait()
+
     async def put(
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
     ) -> bool:
@@ -105,6 +117,7 @@ class GuardedStore:
     async def get_range(self, key: str, start: int, into: memoryview) -> None:
         with self._reading():
             await self.inner.get_range(key, start, into)
+        self._count("store_read_bytes", len(into))
 
     async def list(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         with self._reading():
@@ -117,6 +130,7 @@ class GuardedStore:
 
     async def close(self) -> None:
         self._closed = True
+        self._well.set()
         if self._healing is not None and not self._healing.done():
             self._healing.cancel()
             await finish(asyncio.wait([self._healing]))
@@ -197,7 +211,8 @@ class GuardedStore:
     def _answered(self, ticket: Ticket) -> None:
         self._silent_since = None
         if self._whole.succeed(ticket, self._clock()):
-            log.warning("%s answers again", self.url)
+            self._well.set()
+            outages.warning("%s answers again", self.url)
 
     def _written(self, ticket: Ticket, write: Ticket) -> None:
         self._answered(ticket)
@@ -237,7 +252,8 @@ class GuardedStore:
 
     def _leave_alone(self, error: KVStoreError) -> None:
         self._count("breaker_opened", 1)
-        log.warning("%s fails and is left alone until it answers a probe: %s", self.url, error)
+        self._well.clear()
+        outages.warning("%s fails and is left alone until it answers a probe: %s", self.url, error)
         self._heal()
 
     def _heal(self, *, doubt: bool = False) -> None:

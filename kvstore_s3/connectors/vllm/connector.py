@@ -71,7 +71,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._tally = Tally()
         self._resources = ExitStack()
         store = self._open(make_namespace(vllm_config, kv_cache_config, options.chunk_tokens), options, settings)
-        health = StoreHealth(store.kv.objects.url, store.kv.objects.probe)
+        health = StoreHealth(store.kv.objects, settings)
         block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

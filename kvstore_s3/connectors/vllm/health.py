@@ -1,73 +1,102 @@
-"""Whether the store is worth asking. After a failure nobody asks, and one timer finds out when it is back."""
+"""Whether the store is worth asking, and the one line that says so. The state itself is `GuardedStore`'s."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from time import monotonic
 from typing import TypeVar
 
-from kvstore_s3.errors import StoreError
+from kvstore_s3.config import Settings
+from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.objectstore.guarded import GuardedStore
 
 log = logging.getLogger("vllm.kvstore_s3")
 """A child of vLLM's logger, so that the lines appear where and how the engine's own do."""
 
 T = TypeVar("T")
 
-_FIRST_RETRY_S = 2.0
-_LONGEST_RETRY_S = 60.0
+_QUIET_S = 60.0
+"""Seconds after an outage was told in which another one is not: a store that comes and goes would fill the log."""
 
 
 class StoreHealth:
-    """The state of one store as one process sees it. `available` may be read from any thread.
+    """What one process thinks of the store, from its guard. `available` may be read from any thread.
 
-    One line is logged when the store fails, and one when it answers again; no request pays for finding that out.
+    A failure that is reported makes it ask the store once, and until that is answered nobody else does: no request pays
+    for finding out. One line is logged when the store fails, and one when it answers again.
     """
 
-    def __init__(self, url: str, probe: Callable[[], Awaitable[None]]) -> None:
-        self._url = url
-        self._probe = probe
-        self._healing: asyncio.Task[None] | None = None
-        self.available = True
+    def __init__(self, objects: ObjectStore, settings: Settings) -> None:
+        """`objects`: as `KVStore.objects`; one without a guard is given one here."""
+        self._guard = objects if isinstance(objects, GuardedStore) else GuardedStore(objects, settings)
+        self._doubted = False
+        self._quiet_until = float("-inf")
+        self._outage: asyncio.Task[None] | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether requests should use the store now."""
+        return self._guard.available and not self._doubted
 
     async def check(self) -> None:
         """Ask once, so that the first request meets an open connection, or a store known to be down."""
         try:
-            await self._probe()
-        except StoreError as error:
+            await self._guard.check()
+        except KVStoreError as error:
             self.report(error)
 
     def report(self, error: Exception) -> None:
         """Note a failure. To be called on the event loop."""
-        if not self.available:
+        if self._outage is not None and not self._outage.done():
             return
-        self.available = False
-        log.warning("prompts are computed without the KV store %s until it answers again: %s", self._url, error)
-        self._healing = asyncio.create_task(self._heal())
+        self._doubted = True
+        self._outage = asyncio.create_task(self._sit_out(error))
 
     async def report_soon(self, error: Exception) -> None:
         """`report` for callers on other threads, by way of `Runtime.submit`."""
         self.report(error)
 
-    async def _heal(self) -> None:
-        for delay in _retry_delays():
-            await asyncio.sleep(delay)
-            try:
-                await self._probe()
-            except StoreError as error:
-                log.debug("the KV store %s is still out: %s", self._url, error)
-            else:
-                self.available = True
-                log.info("the KV store %s answers again", self._url)
-                return
+    async def _sit_out(self, error: Exception) -> None:
+        told = self._tell(error)
+        try:
+            if self._guard.available:
+                await self._guard.check()
+        except KVStoreError as failure:
+            told = told or self._tell(failure, surely=True)
+        self._doubted = False
+        await self._guard.wait_until_available()
+        self._quiet_until = monotonic() + _QUIET_S
+        if told and self._guard.available:
+            log.info("the KV store %s answers again", self._guard.url)
+
+    def _tell(self, error: Exception, *, surely: bool = False) -> bool:
+        told = surely or monotonic() >= self._quiet_until
+        log.log(
+            logging.WARNING if told else logging.DEBUG,
+            "prompts are computed without the KV store %s until it answers again: %s",
+            self._guard.url,
+            error,
+        )
+        return told
 
 
-def _retry_delays() -> Iterator[float]:
-    delay = _FIRST_RETRY_S
-    while True:
-        yield delay
-        delay = min(2 * delay, _LONGEST_RETRY_S)
+def late(what: str, deadline_s: float) -> StoreUnavailableError:
+    """The failure of a store that took longer for a lookup or load than the engine has time."""
+    return StoreUnavailableError(f"a {what} took longer than {deadline_s} s")
+
+
+def speak_through_engine() -> None:
+    """Let the package's own lines appear where and how the engine's do, less those that `StoreHealth` replaces."""
+    package = logging.getLogger("kvstore_s3")
+    if not package.handlers:  # else the user has decided
+        engine = logging.getLogger("vllm")
+        package.handlers = list(engine.handlers)
+        package.propagate = engine.propagate
+        package.setLevel(engine.level)
+    logging.getLogger("kvstore_s3.outages").setLevel(logging.ERROR)
 
 
 def result_or_none(future: concurrent.futures.Future[T]) -> T | None:

@@ -8,57 +8,126 @@ from concurrent.futures import Future
 
 import pytest
 
-from kvstore_s3.connectors.vllm import health
+from kvstore_s3.config import Settings
 from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none
 from kvstore_s3.errors import StoreUnavailableError
+from kvstore_s3.objectstore.guarded import GuardedStore
+from kvstore_s3.objectstore.memory import MemoryStore
+
+REFUSED = StoreUnavailableError("connection refused")
 
 
-class Probe:
-    """Fails until `up` is set."""
+class Faulty(MemoryStore):
+    """Fails its probes until `up` is set; `gate` holds them back."""
 
-    def __init__(self) -> None:
-        self.up = False
-        self.calls = 0
-        self.called = asyncio.Event()
+    def __init__(self, *, up: bool = False) -> None:
+        super().__init__("faulty")
+        self.up = up
+        self.probes = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
 
-    async def __call__(self) -> None:
-        self.calls += 1
-        self.called.set()
+    async def probe(self) -> None:
+        self.probes += 1
+        await self.gate.wait()
         if not self.up:
-            raise StoreUnavailableError("connection refused")
+            raise REFUSED
+
+
+class Scene:
+    """A store behind its guard, and what an engine's process thinks of it."""
+
+    def __init__(self, *, up: bool = False) -> None:
+        settings = Settings(breaker_pause_s=0.001)
+        self.store = Faulty(up=up)
+        self.guard = GuardedStore(self.store, settings)
+        self.health = StoreHealth(self.guard, settings)
+
+    async def end(self) -> None:
+        assert self.health._outage is not None
+        await self.health._outage
 
 
 async def test_many_failures_give_one_line(caplog: pytest.LogCaptureFixture):
-    store = StoreHealth("s3://bucket", Probe())
-    await store.check()
+    scene = Scene()
+    await scene.health.check()
     for _ in range(5):
-        store.report(StoreUnavailableError("connection refused"))
-    assert not store.available
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "s3://bucket" in caplog.text
+        scene.health.report(REFUSED)
+    await asyncio.sleep(0)
+    assert not scene.health.available
+    assert levels(caplog) == ["WARNING"]
+    assert "computed without the KV store memory://faulty" in caplog.text
+    await scene.guard.close()
 
 
-async def test_a_store_that_answers_again_is_used_again(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(health, "_FIRST_RETRY_S", 0.001)
-    probe = Probe()
-    store = StoreHealth("s3://bucket", probe)
+async def test_a_store_that_answers_again_is_used_again(caplog: pytest.LogCaptureFixture):
+    scene = Scene()
     with caplog.at_level(logging.INFO, logger="vllm.kvstore_s3"):
-        await store.check()
-        while probe.calls < 3:
-            probe.called.clear()
-            await probe.called.wait()
-        assert not store.available
-        probe.up = True
-        await store._healing
-    assert store.available
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+        await scene.health.check()
+        while scene.store.probes < 3:
+            await asyncio.sleep(0)
+        assert not scene.health.available
+        scene.store.up = True
+        await scene.end()
+    assert scene.health.available
+    assert levels(caplog) == ["WARNING", "INFO"]
+    await scene.guard.close()
 
 
-def test_the_time_between_attempts_grows_to_a_minute():
-    delays = health._retry_delays()
-    assert [next(delays) for _ in range(7)] == [2, 4, 8, 16, 32, 60, 60]
+async def test_a_doubted_store_is_not_used_until_it_was_asked():
+    scene = Scene(up=True)
+    scene.store.gate.clear()
+    scene.health.report(REFUSED)
+    assert not scene.health.available
+    assert scene.guard.available, "the guard has seen no failure"
+    scene.store.gate.set()
+    await scene.end()
+    assert scene.health.available
+
+
+async def test_a_store_that_fails_now_and_then_is_told_of_once_a_minute(caplog: pytest.LogCaptureFixture):
+    scene = Scene(up=True)
+    with caplog.at_level(logging.INFO, logger="vllm.kvstore_s3"):
+        for _ in range(4):
+            scene.health.report(REFUSED)
+            await scene.end()
+    assert levels(caplog) == ["WARNING", "INFO"]
+
+
+async def test_a_real_outage_is_told_of_however_soon_it_follows(caplog: pytest.LogCaptureFixture):
+    scene = Scene(up=True)
+    scene.health.report(REFUSED)
+    await scene.end()
+    caplog.clear()
+    scene.store.up = False
+    scene.health.report(REFUSED)
+    while scene.store.probes < 3:
+        await asyncio.sleep(0)
+    assert levels(caplog) == ["WARNING"]
+    scene.store.up = True
+    await scene.end()
+    await scene.guard.close()
+
+
+async def test_a_store_that_is_closed_in_an_outage_is_not_said_to_be_back(caplog: pytest.LogCaptureFixture):
+    scene = Scene()
+    with caplog.at_level(logging.INFO, logger="vllm.kvstore_s3"):
+        await scene.health.check()
+        await asyncio.sleep(0)
+        await scene.guard.close()
+        await scene.end()
+    assert levels(caplog) == ["WARNING"]
+
+
+async def test_a_store_without_a_guard_is_given_one():
+    store = Faulty()
+    health = StoreHealth(store, Settings(breaker_pause_s=0.001))
+    await health.check()
+    assert not health.available
+    store.up = True
+    assert health._outage is not None
+    await health._outage
+    assert health.available
 
 
 def test_an_unforeseen_failure_is_logged_and_no_result(caplog: pytest.LogCaptureFixture):
@@ -66,3 +135,7 @@ def test_an_unforeseen_failure_is_logged_and_no_result(caplog: pytest.LogCapture
     future.set_exception(RuntimeError("a defect"))
     assert result_or_none(future) is None
     assert "a defect" in caplog.text
+
+
+def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.levelname for record in caplog.records if record.name == "vllm.kvstore_s3"]

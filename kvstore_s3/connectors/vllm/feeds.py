@@ -1,0 +1,99 @@
+"""From what a KVStore counts and measures to the connector's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from kvstore_s3.connectors.vllm.stats import Tally
+    from kvstore_s3.metrics import Counters
+
+_COUNTERS = {
+    "host_hit_bytes": ("kvstore_bytes_read", "host"),
+    "nvme_hit_bytes": ("kvstore_bytes_read", "nvme"),
+    "store_read_bytes": ("kvstore_bytes_read", "store"),
+    "loads_given_up": ("kvstore_loads_given_up", ""),
+    "chunks_left_to_recompute": ("kvstore_chunks_left", ""),
+    "levels_left_out": ("kvstore_levels_left_out", ""),
+    "chunks_lost": ("kvstore_chunks_lost", ""),
+}
+"""Counters of a KVStore that have a metric of their own; all others are events of `kvstore_store_events`."""
+
+_ELSEWHERE = frozenset({"bytes_uploaded"})
+"""Counters that the connector counts itself: `kvstore_bytes_saved`."""
+
+
+class CounterFeed:
+    """Passes on how much the counters of a KVStore grew since the last time. For one thread."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._seen: Mapping[str, int] = {}
+
+    def feed(self, tally: Tally) -> None:
+        found = self._counters.snapshot()
+        for name, total in found.items():
+            grown = total - self._seen.get(name, 0)
+            if grown and name not in _ELSEWHERE:
+                metric, label = _COUNTERS.get(name, ("kvstore_store_events", name))
+                tally.add(metric, grown, label)
+        self._seen = found
+
+
+_GAUGES = {
+    "link_bytes_per_s": ("kvstore_link_bytes_per_s", ""),
+    "latency_s": ("kvstore_link_latency_seconds", ""),
+    "slab_bytes_leased": ("kvstore_slab_bytes", "in-use"),
+    "slab_bytes_budget": ("kvstore_slab_bytes", "most"),
+    "host_tier_on": ("kvstore_tier_on", "host"),
+    "host_tier_bytes": ("kvstore_tier_bytes", "host"),
+    "nvme_tier_on": ("kvstore_tier_on", "nvme"),
+    "nvme_tier_bytes": ("kvstore_tier_bytes", "nvme"),
+    "reads_open": ("kvstore_breaker_open", "reads"),
+    "writes_open": ("kvstore_breaker_open", "writes"),
+}
+"""Names in `KVStore.stats()` to gauge and label."""
+
+
+def feed_gauges(tally: Tally, stats: Mapping[str, float | None]) -> None:
+    """Set the gauges that `KVStore.stats()` tells of; what is not known yet (None) is left out."""
+    for name, value in stats.items():
+        if value is not None and name in _GAUGES:
+            metric, label = _GAUGES[name]
+            tally.set(metric, round(float(value), 6), label)
+    if "reads_open" in stats:
+        tally.set("kvstore_store_up", 0.0 if stats["reads_open"] else 1.0)
+
+
+class Measured(Protocol):
+    """What a feed needs of a KVStore."""
+
+    @property
+    def counters(self) -> Counters: ...
+
+    def stats(self) -> Mapping[str, float | None]: ...
+
+
+class StoreFeed:
+    """Counters and gauges of one KVStore, at most every `interval_s` seconds. For one thread.
+
+    A step of a busy engine takes milliseconds; asking the store at each would be work for nothing.
+    """
+
+    def __init__(self, store: Measured, tally: Tally, *, interval_s: float = 1.0) -> None:
+        self._store = store
+        self._tally = tally
+        self._interval_s = interval_s
+        self._counters = CounterFeed(store.counters)
+        self._next = float("-inf")
+
+    def feed(self, *, now: float | None = None) -> None:
+        """To be called before the tally is taken. `now`: monotonic seconds."""
+        now = monotonic() if now is None else now
+        if now < self._next:
+            return
+        self._next = now + self._interval_s
+        self._counters.feed(self._tally)
+        feed_gauges(self._tally, self._store.stats())

@@ -1,0 +1,52 @@
+"""The one line at start that says what is on. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstore_s3.config import Settings
+
+_GiB = 1 << 30
+
+
+def describe(
+    *,
+    store: str,
+    namespace: str,
+    settings: Settings,
+    profile: str,
+    chunk_tokens: int,
+    load_mode: str,
+    admission: str,
+    save_at: int,
+    loads: bool,
+    saves: bool,
+    ranks: int = 1,
+    events: bool = False,
+) -> str:
+    """What the connector of one engine does. `ranks`: workers that hold a shard each."""
+    role = {(True, True): "loads and saves", (True, False): "loads only", (False, True): "saves only"}
+    told = [
+        f"KV store {store}: {role.get((loads, saves), 'off')}",
+        f"namespace {namespace}",
+        f"profile {profile}",
+        f"chunks of {chunk_tokens} tokens",
+        f"tiers {_describe_tiers(settings)}",
+        f"loads {load_mode}",
+        f"admission {admission}" + (f", saved at sight {save_at}" if saves and save_at > 1 else ""),
+    ]
+    if ranks > 1:
+        told.append(f"{ranks} shards")
+    if events:
+        told.append("KV events on")
+    return ", ".join(told)
+
+
+def _describe_tiers(settings: Settings) -> str:
+    tiers = []
+    if settings.host_tier_bytes:
+        tiers.append(f"host {settings.host_tier_bytes / _GiB:.3g} GiB")
+    if settings.nvme_tier_dir is not None:
+        tiers.append(f"NVMe {settings.nvme_tier_dir} {settings.nvme_tier_bytes / _GiB:.3g} GiB")
+    return " and ".join(tiers) or "none"
