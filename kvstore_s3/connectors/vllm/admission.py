@@ -31,7 +31,8 @@ FIRST_CREDIT_S = 0.1
 """Seconds of waiting that are allowed before anything was earned."""
 
 MOST_CREDIT_S = 2.0
-"""Seconds of waiting that can be saved up: after a time of many hits, so much is spent before lookups become rare."""
+"""Seconds of waiting that can be saved up, or owed: so much is spent after a time of many hits, before it counts that
+there are none any more."""
 
 _WAITS = 15
 _LOADS = 16
@@ -96,7 +97,8 @@ class Admission:
     """Decides for the scheduler; for its thread alone. Each call takes some microseconds, however long the prompt.
 
     Answers are None for yes, else the reason, as a metric's label: "short" (a longer prompt would repay),
-    "not-worth-it", "unlikely" and "first-sight". With `always`, only prompts without a whole chunk are left alone; `save_at` holds.
+    "not-worth-it", "unlikely" and "first-sight". With `always`, only prompts without a whole chunk are left alone;
+    `save_at` holds all the same.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class Admission:
             return self._decide(Decision("lookup", 0, whole, None, prefill))
         self._earn(MISS_SHARE * (self.meter.seconds(0, prompt_tokens) or 0.0))
         reason, load, wait = self._weigh(whole, prefill)
-        if reason is None and wait is not None and self._credit_s <= 0 and wait > MISS_SHARE * prefill:
+        if reason is None and self._credit_s <= 0 and (wait is None or wait > MISS_SHARE * prefill):
             reason = UNLIKELY
         return self._decide(Decision("lookup", 0, whole, reason, prefill, load, wait, self._credit_s))
 
@@ -189,7 +191,7 @@ class Admission:
         if waited_s is not None:
             self._waits.append(waited_s)
             self._waited_at = self._clock()
-            self._credit_s -= waited_s
+            self._credit_s = max(self._credit_s - waited_s, -MOST_CREDIT_S)
         elif hit_tokens:
             load = self._load_seconds(hit_bytes, near=False) or 0.0
             self._earn(max(0.0, (self.meter.seconds(0, hit_tokens) or 0.0) - load - (self._wait_seconds() or 0.0)))

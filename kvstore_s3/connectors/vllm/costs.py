@@ -220,10 +220,10 @@ class PrefillMeter:
             self._measured = PrefillSpeed(each, attention)
 
     def _sure_attention(self, found: float) -> float:
-        """Seconds for each position before a token: what is surely there, or as much as was known before."""
+        """Seconds for each position before a token: what was known before, as far as what was found allows it."""
         before = self._prior.seconds_per_token_position if self._prior else 0.0
-        sure = found - _SURE * self._fit.standard_error(2) if found > 0 else 0.0
-        return max(sure, min(before, found) if found > 0 else before)
+        doubt = _SURE * self._fit.standard_error(2)
+        return min(max(before, found - doubt), found + doubt)
 
 
 def speed_file(cache_dir: Path, *parts: object) -> Path:
