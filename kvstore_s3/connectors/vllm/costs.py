@@ -28,9 +28,6 @@ WINDOW = 48
 ENOUGH = 8
 """Samples from which on more than one coefficient is fitted; fewer could be explained in too many ways."""
 
-_ITERATIONS = 2
-"""Steps of reweighting for each fit. Fits start from the last one, so that a few steps in all are enough."""
-
 _NO_NOISE = 0.02
 """Relative residuals below this are not told apart: no sample rules the fit because it was met exactly."""
 
@@ -83,33 +80,37 @@ class LinearFit:
         self.coefficients = self._known.copy()
 
     def fit(self) -> None:
-        """Bring `coefficients` up to date."""
+        """Bring `coefficients` up to date, by one step of reweighting from the last ones: call it again and again."""
         features, seconds = self.window()
         if self.samples < ENOUGH:
             rates = np.sort(np.maximum(seconds - features[:, 1:] @ self._known[1:], 0.0) / features[:, 0])
             self.coefficients[0] = rates[(len(rates) - 1) // 2]  # of two the faster: what goes wrong is slow
             return
-        for _ in range(_ITERATIONS):
-            off = np.abs(features @ self.coefficients - seconds) / seconds
-            weights = 1 / (np.maximum(off, _NO_NOISE) * seconds * seconds)
-            self.coefficients = _solve(features, seconds, weights)
+        self.coefficients = _solve(features, seconds, self._weights(features, seconds))
 
     def fit_rest(self, fixed: int, coefficient: float) -> None:
         """Fit the other coefficients, with that of feature `fixed` (the last) given."""
         features, seconds = self.window()
+        weights = self._weights(features, seconds)
         rest = seconds - coefficient * features[:, fixed]
-        off = np.abs(features @ self.coefficients - seconds) / seconds
-        weights = 1 / (np.maximum(off, _NO_NOISE) * seconds * seconds)
-        self.coefficients = np.append(_solve(features[:, :fixed], rest, weights), coefficient)
+        self.coefficients[:fixed] = _solve(features[:, :fixed], rest, weights)
+        self.coefficients[fixed] = coefficient
+
+    def _weights(self, features: Floats, seconds: Floats) -> Floats:
+        """With these, squares of residuals become absolute relative residuals, as the last fit has them."""
+        off = np.abs(features @ self.coefficients - seconds)
+        weights: Floats = 1 / (np.maximum(off, _NO_NOISE * seconds) * seconds)
+        return weights
 
     def standard_error(self, feature: int) -> float:
         """Of its coefficient, from the scatter of the samples."""
         features, seconds = self.window()
         relative = features / seconds[:, None]
-        scatter = _TO_SIGMA * float(np.median(np.abs(features @ self.coefficients / seconds - 1)))
+        off = np.sort(np.abs(relative @ self.coefficients - 1))
+        scatter = _TO_SIGMA * off[len(off) // 2]
         products = relative.T @ relative
         products.flat[:: len(products) + 1] *= 1 + _RIDGE
-        return scatter * math.sqrt(np.linalg.inv(products)[feature, feature])
+        return float(scatter) * math.sqrt(np.linalg.inv(products)[feature, feature])
 
     def window(self) -> tuple[Floats, Floats]:
         """Features [samples, features] and seconds [samples] of the samples that are remembered."""
@@ -121,19 +122,17 @@ def _solve(features: Floats, seconds: Floats, weights: Floats) -> Floats:
     """Weighted least squares with no coefficient below zero: the most negative one is set to zero, one by one."""
     weighted = features * weights[:, None]
     products, targets = weighted.T @ features, weighted.T @ seconds
-    ridge = np.diagonal(products) * _RIDGE
-    ridge[0] = 1e-12 * products[0, 0]
-    products.flat[:: len(products) + 1] += ridge
-    free = [index for index in range(len(products)) if products[index, index] > 0]
-    solution = np.zeros(len(products))
-    while free:
-        found = np.linalg.solve(products[np.ix_(free, free)], targets[free])
-        lowest = int(np.argmin(found))
-        if found[lowest] >= 0:
-            solution[free] = found
-            break
-        del free[lowest]
-    return solution
+    products.flat[:: len(products) + 1] *= 1 + _RIDGE
+    products[0, 0] /= 1 + _RIDGE
+    solution: Floats = np.asarray(np.linalg.solve(products, targets), dtype=np.float64)
+    if solution.min() >= 0:
+        return solution
+    free = list(range(len(products)))
+    while len(free) > 1 and solution[free].min() < 0:
+        del free[int(np.argmin(solution[free]))]
+        solution = np.zeros(len(products))
+        solution[free] = np.linalg.solve(products[np.ix_(free, free)], targets[free])
+    return solution.clip(min=0.0)
 
 
 @dataclass(slots=True)
