@@ -255,7 +255,6 @@ async def two_stores(name: str) -> AsyncIterator[tuple[KVStore, KVStore]]:
         yield writer, reader
 
 
-@pytest.mark.skipif(not hasattr(KVStore, "lookup_keys"), reason="needs lookups by key")
 async def test_another_engine_s_chunks_are_loaded_while_later_ones_still_come():
     tokens = list(range(5 * SIZE))
     kv = torch.randn(2, 2, len(tokens), 2, 16).to(torch.bfloat16)
