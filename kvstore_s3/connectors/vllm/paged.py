@@ -99,8 +99,7 @@ def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) 
     """
     dtype, cache_dtype = getattr(torch, layout.dtype), _CACHE_DTYPES.get(layout.dtype, "auto")
     isa = _get_attn_isa(model_dtype, block_tokens, layout.head_dim, cache_dtype)
-    shape = (2, block_tokens, 1, layout.head_dim)
-    kept = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)  # in fp8, what a scale of 1 keeps
+    kept = _exact_values((2, block_tokens, 1, layout.head_dim)).to(dtype)
     keys, values = kept.to(model_dtype)
     page = torch.zeros((1, 1, block_tokens, 2 * layout.head_dim), dtype=dtype)
     stored = page.view(torch.uint8) if cache_dtype != "auto" else page
@@ -114,6 +113,13 @@ def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) 
             f"the CPU's page packing for {isa!r} and {layout.dtype} is not understood (known: {known})"
         )
     return packing
+
+
+def _exact_values(shape: tuple[int, ...]) -> torch.Tensor:
+    """Random values that every KV dtype holds exactly, fp8 with a scale of 1 too: +-(4..7) * 2 ** (-4..2)."""
+    seeded = torch.Generator().manual_seed(0)
+    digits = torch.randint(4, 8, shape, generator=seeded) * (2 * torch.randint(0, 2, shape, generator=seeded) - 1)
+    return torch.ldexp(digits.float(), torch.randint(-4, 3, shape, generator=seeded))
 
 
 def _by_layer(caches: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:

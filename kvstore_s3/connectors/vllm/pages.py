@@ -32,6 +32,7 @@ class Packing:
 PACKINGS = (
     Packing("vec", keys="d t", values="t d"),
     Packing("amx", keys="t d t16 d2", values="d t d16 t2"),
+    Packing("neon bfmmla", keys="t d t8 d4", values="d t d2 t4"),
 )
 """The packings that are understood. Which of them an engine uses is not looked up but found out: `recognise`."""
 
@@ -87,7 +88,7 @@ def recognise(page: Tensor, keys: Tensor, values: Tensor) -> Packing | None:
     """Return the packing under which `page` holds `keys` and `values`, or None where no known packing does.
 
     `page` is [kv heads, block tokens, 2 * head dim] as the engine's own kernel wrote it from `keys` and `values`, both
-    [block tokens, kv heads, head dim]. Their values should all differ, or more than one packing may fit.
+    [block tokens, kv heads, head dim], in the page's dtype. Give random values, or more than one packing may fit.
     """
     for packing in PACKINGS:
         if not _divides(packing, page.shape[1], page.shape[2] // 2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, read_blocks, read_tokens, recognise, write_blocks
 
-VEC, AMX = PACKINGS
+VEC, AMX, NEON = PACKINGS
 
 
 def position(order: str, token: int, dim: int, tokens: int, dims: int) -> int:
@@ -120,3 +122,17 @@ def test_an_unknown_packing_is_not_recognised():
 def test_a_page_that_a_packing_does_not_divide_is_not_recognised_as_it():
     keys, values = torch.randn(24, 1, 24).bfloat16(), torch.randn(24, 1, 24).bfloat16()
     assert recognise(torch.zeros(1, 24, 48, dtype=torch.bfloat16), keys, values) is None
+
+
+def test_the_order_of_arm_is_that_of_its_matrix_instruction():
+    """BFMMLA takes K as 8 tokens of 4 dims and V as 2 dims of 4 tokens: written out, as no x86 machine can run it."""
+    tokens, dims = 16, 8
+    keys, values = any_bits(tokens, 1, dims), any_bits(tokens, 1, dims)
+    page = torch.zeros(1, tokens, 2 * dims, dtype=torch.bfloat16)
+    flat = page.view(-1)
+    for token, dim in itertools.product(range(tokens), range(dims)):
+        group, pair, odd = token // 8, token % 8 // 2, token % 2
+        flat[group * (dims // 4) * 32 + dim // 4 * 32 + pair * 8 + odd * 4 + dim % 4] = keys[token, 0, dim]
+        place = dim // 2 * (tokens // 4) * 8 + token // 4 * 8 + dim % 2 * 4 + token % 4
+        flat[tokens * dims + place] = values[token, 0, dim]
+    assert recognise(page, keys, values) == NEON
