@@ -44,25 +44,25 @@ class CounterFeed:
 
 _GAUGES = {
     "link_bytes_per_s": ("kvstore_link_bytes_per_s", ""),
-    "latency_s": ("kvstore_link_latency_seconds", ""),
-    "slab_bytes_leased": ("kvstore_slab_bytes", "in-use"),
-    "slab_bytes_budget": ("kvstore_slab_bytes", "most"),
-    "host_tier_on": ("kvstore_tier_on", "host"),
-    "host_tier_bytes": ("kvstore_tier_bytes", "host"),
-    "nvme_tier_on": ("kvstore_tier_on", "nvme"),
-    "nvme_tier_bytes": ("kvstore_tier_bytes", "nvme"),
+    "link_latency_s": ("kvstore_link_latency_seconds", ""),
+    "slab_bytes": ("kvstore_slab_bytes", "in-use"),
+    "slab_budget_bytes": ("kvstore_slab_bytes", "most"),
+    "slab_waiting": ("kvstore_slab_waiting", ""),
     "reads_open": ("kvstore_breaker_open", "reads"),
     "writes_open": ("kvstore_breaker_open", "writes"),
+} | {
+    f"tier_{tier}_{what}": (f"kvstore_tier_{what}", tier)
+    for tier in ("host", "nvme")
+    for what in ("on", "bytes", "budget_bytes")
 }
 """Names in `KVStore.stats()` to gauge and label."""
 
 
-def feed_gauges(tally: Tally, stats: Mapping[str, float | None]) -> None:
-    """Set the gauges that `KVStore.stats()` tells of; what is not known yet (None) is left out."""
-    for name, value in stats.items():
-        if value is not None and name in _GAUGES:
-            metric, label = _GAUGES[name]
-            tally.set(metric, round(float(value), 6), label)
+def feed_gauges(tally: Tally, stats: Mapping[str, float]) -> None:
+    """Set the gauges that `KVStore.stats()` tells of."""
+    for name, (metric, label) in _GAUGES.items():
+        if name in stats:
+            tally.set(metric, stats[name], label)
     if "reads_open" in stats:
         tally.set("kvstore_store_up", 0.0 if stats["reads_open"] else 1.0)
 
@@ -73,7 +73,7 @@ class Measured(Protocol):
     @property
     def counters(self) -> Counters: ...
 
-    def stats(self) -> Mapping[str, float | None]: ...
+    def stats(self) -> Mapping[str, float]: ...
 
 
 class StoreFeed:

@@ -46,7 +46,7 @@ def describe(
 def _describe_tiers(settings: Settings) -> str:
     tiers = []
     if settings.host_tier_bytes:
-        tiers.append(f"host {settings.host_tier_bytes / _GiB:.3g} GiB")
+        tiers.append(f"host {settings.host_tier_bytes / _GiB:.4g} GiB")
     if settings.nvme_tier_dir is not None:
-        tiers.append(f"NVMe {settings.nvme_tier_dir} {settings.nvme_tier_bytes / _GiB:.3g} GiB")
+        tiers.append(f"NVMe {settings.nvme_tier_dir} {settings.nvme_tier_bytes / _GiB:.4g} GiB")
     return " and ".join(tiers) or "none"

@@ -24,14 +24,22 @@ class Faulty(MemoryStore):
         super().__init__("faulty")
         self.up = up
         self.probes = 0
+        self.probed = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def probe(self) -> None:
         self.probes += 1
+        self.probed.set()
         await self.gate.wait()
         if not self.up:
             raise REFUSED
+
+    async def fail(self, probes: int) -> None:
+        """Wait until so many probes were made."""
+        while self.probes < probes:
+            self.probed.clear()
+            await self.probed.wait()
 
 
 class Scene:
@@ -64,8 +72,7 @@ async def test_a_store_that_answers_again_is_used_again(caplog: pytest.LogCaptur
     scene = Scene()
     with caplog.at_level(logging.INFO, logger="vllm.kvstore_s3"):
         await scene.health.check()
-        while scene.store.probes < 3:
-            await asyncio.sleep(0)
+        await scene.store.fail(3)
         assert not scene.health.available
         scene.store.up = True
         await scene.end()
@@ -101,8 +108,7 @@ async def test_a_real_outage_is_told_of_however_soon_it_follows(caplog: pytest.L
     caplog.clear()
     scene.store.up = False
     scene.health.report(REFUSED)
-    while scene.store.probes < 3:
-        await asyncio.sleep(0)
+    await scene.store.fail(3)
     assert levels(caplog) == ["WARNING"]
     scene.store.up = True
     await scene.end()
