@@ -50,7 +50,8 @@ RunEngine = Callable[..., EngineRun]
 def run_engine(llama: Path) -> RunEngine:
     """Start an engine, run a scenario of engine_process.py in it, and wait for its end.
 
-    `processes`: vLLM's default of three; else one, which starts faster. `store` None: no connector.
+    `processes`: vLLM's default of three; else one, which starts faster. `store` None: no connector. `job`: what the
+    scenario takes beside rounds.
     """
 
     def run(
@@ -64,15 +65,16 @@ def run_engine(llama: Path) -> RunEngine:
         processes: bool = False,
         environment: dict[str, str] | None = None,
         fails: bool = False,
+        job: dict[str, Any] | None = None,
         **engine: Any,
     ) -> EngineRun:
         if store is not None:
             engine["kv_transfer_config"] = transfer_config({"store": store, **(extra or {})})
         engine = {"model": str(model or llama), "max_model_len": 2048, **engine}
-        job = {"engine": engine, "scenario": scenario, "rounds": rounds, "max_tokens": max_tokens}
+        work = {"engine": engine, "scenario": scenario, "rounds": rounds, "max_tokens": max_tokens, **(job or {})}
         ran = subprocess.run(
             [sys.executable, str(PROCESS)],
-            input=json.dumps(job),
+            input=json.dumps(work),
             capture_output=True,
             text=True,
             env=engine_environment(processes=processes) | (environment or {}),

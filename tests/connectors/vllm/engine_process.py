@@ -23,7 +23,10 @@ def main() -> None:
 
 
 def generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Rounds of prompts, one batch after the other. A prompt is a list of ids, or a mapping with a `cache_salt`."""
+    """Rounds of prompts, one batch after the other.
+
+    A prompt is a list of ids, or a mapping with `prompt_token_ids` and a `cache_salt` or a `lora` [name, id, path].
+    """
     rounds = [run_round(llm, prompts, job["max_tokens"]) for prompts in job["rounds"]]
     return {"rounds": rounds}
 
@@ -50,9 +53,26 @@ def abort_while_loading(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {"held": free_before - free_while_loading, "lost": lost, "steps": steps, **generate(llm, job)}
 
 
+def change_weights(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """The first round; then, after a sleep, the second; then, with the weights of `others`, the rest."""
+    first, second, *rest = job["rounds"]
+    rounds = [run_round(llm, first, job["max_tokens"])]
+    llm.sleep(1)
+    llm.wake_up()
+    rounds.append(run_round(llm, second, job["max_tokens"]))
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": job["others"]})
+    assert llm.reset_prefix_cache(reset_connector=True), "vLLM did not reset its caches"
+    for prompts in rest:
+        rounds.append(run_round(llm, prompts, job["max_tokens"]))
+        assert llm.reset_prefix_cache(), "vLLM did not reset its prefix cache"
+    return {"rounds": rounds}
+
+
 def run_round(llm: Any, prompts: list[Any], max_tokens: int) -> list[dict[str, Any]]:
-    asked = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(asked, sampling(max_tokens), use_tqdm=False)
+    asked = [dict(prompt) if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
+    adapters = [adapter(prompt.pop("lora", None)) for prompt in asked]
+    lora_request = adapters if any(adapters) else None
+    outputs = llm.generate(asked, sampling(max_tokens), use_tqdm=False, lora_request=lora_request)
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
@@ -61,6 +81,12 @@ def run_round(llm: Any, prompts: list[Any], max_tokens: int) -> list[dict[str, A
         }
         for output in outputs
     ]
+
+
+def adapter(given: list[Any] | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(*given) if given else None
 
 
 def sampling(max_tokens: int) -> Any:
@@ -79,7 +105,11 @@ def counters(llm: Any) -> dict[str, float]:
     return totals
 
 
-SCENARIOS = {"generate": generate, "abort_while_loading": abort_while_loading}
+SCENARIOS = {
+    "generate": generate,
+    "abort_while_loading": abort_while_loading,
+    "change_weights": change_weights,
+}
 
 if __name__ == "__main__":
     main()
