@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 from kvstore_s3.bitstream import (
     PARTS_K,
     PARTS_KV,
+    PARTS_V,
     PROFILES,
     Header,
     Identity,
@@ -18,10 +21,18 @@ from kvstore_s3.bitstream import (
 )
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.registry import codec_for
-from kvstore_s3.errors import BitstreamFault, DamagedObjectError, ObjectNotFoundError, StoreUnavailableError
+from kvstore_s3.covers import cut_cover
+from kvstore_s3.errors import (
+    BitstreamFault,
+    DamagedObjectError,
+    InvalidArgumentError,
+    ObjectNotFoundError,
+    StoreUnavailableError,
+)
+from kvstore_s3.layout import Shard
 from kvstore_s3.objectstore.awaiting import finish
-from kvstore_s3.quality import quality_of
-from kvstore_s3.transfer.ranges import Band, BandRange, count_levels, group_levels
+from kvstore_s3.quality import quality_of, worst_quality
+from kvstore_s3.transfer.ranges import BandRange, count_levels, group_levels
 
 if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
@@ -30,6 +41,9 @@ T = TypeVar("T")
 
 LOST = (DamagedObjectError, ObjectNotFoundError)
 """What ends a hit instead of failing it."""
+
+_HALVES = {PARTS_K: slice(0, 1), PARTS_V: slice(1, 2), PARTS_KV: slice(0, 2)}
+"""Where a section's K, V or both lie in values [layers, 2, ...]."""
 
 
 class MissingCalibrationError(DamagedObjectError):
@@ -41,8 +55,20 @@ class MissingCalibrationError(DamagedObjectError):
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """A chunk that a lookup found, without what every process of an engine knows: to be sent from one to another.
+
+    `tiles` are its objects: the shard of each, and where its sections lie.
+    """
+
+    key: bytes
+    first_token: int
+    tiles: tuple[tuple[Shard, SectionTable], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """One object that a lookup found.
+    """One object that a lookup found, and those `beside` it that its chunk takes for the reader's rectangle.
 
     `first_token` is the position of its first token in the prompt. `header` is None where only the hint in its metadata
     was read so far.
@@ -53,37 +79,91 @@ class StoredChunk:
     table: SectionTable
     header: Header | None
     first_token: int
+    beside: tuple[StoredChunk, ...] = ()
+
+    @classmethod
+    def join(cls, tiles: Sequence[StoredChunk]) -> StoredChunk:
+        """One chunk of its objects: one at least."""
+        return replace(tiles[0], beside=tuple(tiles[1:]))
+
+    @property
+    def tiles(self) -> tuple[StoredChunk, ...]:
+        """Each of its objects, alone."""
+        return (replace(self, beside=()), *self.beside) if self.beside else (self,)
+
+    def place(self) -> ChunkPlace:
+        """What another process needs to read the chunk: see `KVStore.hit_of`."""
+        tiles = tuple((tile.identity.shard, tile.table) for tile in self.tiles)
+        return ChunkPlace(self.identity.key, self.first_token, tiles)
+
+    def within(self, shard: Shard) -> StoredChunk:
+        """The chunk with those of its objects that a reader of `shard` needs.
+
+        Raises `InvalidArgumentError` where they do not have all of it.
+        """
+        if self.identity.shard == shard:
+            return replace(self, beside=()) if self.beside else self
+        tiles = self.tiles
+        pieces = cut_cover(shard, [tile.identity.shard for tile in tiles])
+        if pieces is None:
+            found = ", ".join(tile.identity.shard.name for tile in tiles)
+            raise InvalidArgumentError(f"the hit has {found}, not all of {shard.name}; look it up for that rectangle")
+        needed = sorted({number for number, _ in pieces})
+        return StoredChunk.join([tiles[number] for number in needed])
+
+    def moved(self, first_token: int) -> StoredChunk:
+        """The chunk in another prompt of the same prefix: at the position `first_token`."""
+        beside = tuple(replace(tile, first_token=first_token) for tile in self.beside)
+        return replace(self, first_token=first_token, beside=beside)
 
     def quality(self, levels: int) -> str:
-        """The quality that a reader of `levels` levels gets of this object."""
-        return quality_of(self.table.profile, min(levels, count_levels(self.table)))
+        """The quality that a reader of `levels` levels gets of this chunk: that of its worst object."""
+        return worst_quality(
+            [quality_of(tile.table.profile, min(levels, count_levels(tile.table))) for tile in (self, *self.beside)]
+        )
 
     @property
     def calibrated(self) -> bool | None:
-        """Whether a scalable object was coded with a calibration; None: of another profile, or not known yet."""
-        if self.header is None or self.table.profile != PROFILES["scalable"]:
-            return None
-        return self.header.calibration is not None
+        """Whether its objects were coded with a calibration; None: not known yet, or not all of a scalable profile."""
+        told = {_names_calibration(tile) for tile in (self, *self.beside)}
+        return False if False in told else (True if told == {True} else None)
+
+
+def _names_calibration(tile: StoredChunk) -> bool | None:
+    if tile.header is None or tile.table.profile != PROFILES["scalable"]:
+        return None
+    return tile.header.calibration is not None
 
 
 def decode_band(
     header: Header,
     first_token: int,
     calibration: Calibration | None,
-    band: Band,
+    wanted: Shard,
     pieces: Sequence[tuple[BandRange, memoryview]],
     out: Bits,
 ) -> None:
-    """Verify and decode the sections in `pieces`, which hold whole sections of `band`, into `out`."""
+    """Verify the sections in `pieces` and decode what they have of the rectangle `wanted` into `out`, which is that.
+
+    `pieces` hold whole sections; those that reach beyond the wanted layers are decoded aside.
+    """
     payloads: dict[int, memoryview] = {}
     for part, data in pieces:
         for number in part.sections:
             section = header.table.sections[number]
             payloads[number] = header.verify(number, data[section.offset - part.start : section.end - part.start])
+    head_begin = wanted.head_begin - header.identity.shard.head_begin
     for numbers in group_levels(header.table, list(payloads)):
         place = header.table.sections[numbers[0]]
-        target = out[place.layer_begin - band.layer_begin : place.layer_end - band.layer_begin]
-        decode_section(header, numbers, [payloads[n] for n in numbers], target, first_token, calibration)
+        begin, end = max(place.layer_begin, wanted.layer_begin), min(place.layer_end, wanted.layer_end)
+        target = whole = out[begin - wanted.layer_begin : end - wanted.layer_begin]
+        if end - begin < place.layers:
+            whole = np.empty((place.layers, *out.shape[1:]), out.dtype)
+        stored = [payloads[number] for number in numbers]
+        decode_section(header, numbers, stored, whole, first_token, calibration, head_begin=head_begin)
+        if whole is not target:
+            halves = _HALVES[place.parts]
+            target[:, halves] = whole[begin - place.layer_begin : end - place.layer_begin, halves]
 
 
 def decode_section(
@@ -93,16 +173,18 @@ def decode_section(
     out: Bits,
     first_token: int | None,
     calibration: Calibration | None,
+    *,
+    head_begin: int = 0,
 ) -> None:
     """Decode verified payloads of one place, base first, into `out` [layers of the section, 2, tokens, heads, dim].
 
-    `first_token` None believes what a scalable object says of its own position.
+    `out` has as many heads as are wanted, from `head_begin` of the object's on. `first_token` None believes what a
+    scalable object says of its own position.
     """
     sections = [header.table.sections[number] for number in numbers]
     base, identity = sections[0], header.identity
     dtype = identity.layout.dtype
-    if base.parts != PARTS_KV:
-        out = out[:, 0:1] if base.parts == PARTS_K else out[:, 1:2]
+    out = out[:, _HALVES[base.parts]]
     if header.table.profile == PROFILES["scalable"]:
         from kvstore_s3.codec.scalable import decode_scalable  # brings torch, which verifying alone does without
 
@@ -111,7 +193,7 @@ def decode_section(
             out,
             dtype,
             layer_begin=base.layer_begin,
-            head_begin=0,
+            head_begin=head_begin,
             section_heads=identity.shard.heads,
             first_position=first_token,
             calibration=calibration,
@@ -120,7 +202,7 @@ def decode_section(
         )
         return
     codec = codec_for(base.codec, dtype, cachegen=header.table.profile == PROFILES["cachegen"])
-    codec.decode(payloads[0], out, head_begin=0, section_heads=identity.shard.heads)
+    codec.decode(payloads[0], out, head_begin=head_begin, section_heads=identity.shard.heads)
 
 
 async def in_thread(threads: Executor, function: Callable[..., T], *args: Any) -> T:

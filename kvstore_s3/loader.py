@@ -12,7 +12,7 @@ import torch
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.config import Settings
-from kvstore_s3.layout import KVLayout
+from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.metrics import Count
 from kvstore_s3.objectstore.base import ObjectStore
@@ -32,12 +32,13 @@ from kvstore_s3.transfer.window import Window
 
 
 class Loader:
-    """Makes streams of chunks in `objects`, each of `chunk_tokens` tokens in `layout`. For one event loop."""
+    """Makes streams of chunks in `objects`, of the rectangle `shard` of `layout`. For one event loop."""
 
     def __init__(
         self,
         objects: ObjectStore,
         layout: KVLayout,
+        shard: Shard,
         chunk_tokens: int,
         quality: Quality,
         settings: Settings,
@@ -47,6 +48,7 @@ class Loader:
     ) -> None:
         self._objects = objects
         self._layout = layout
+        self._shard = shard
         self._chunk_tokens = chunk_tokens
         self._quality = quality
         self._settings = settings
@@ -80,14 +82,16 @@ class Loader:
         pace: Pace | None,
     ) -> Stream:
         """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory."""
+        shard = self._shard
+        chunks = [chunk.within(shard) for chunk in chunks]
 
         def allocate(band: Band, count: int) -> torch.Tensor:
             tokens = count * self._chunk_tokens
             if out is not None:
-                return out[band.layer_begin : band.layer_end, :, :tokens]
+                return out[band.layer_begin - shard.layer_begin : band.layer_end - shard.layer_begin, :, :tokens]
             return self.empty(band.layer_end - band.layer_begin, tokens)
 
-        tables = [chunk.table for chunk in chunks]
+        tables = [tile.table for chunk in chunks for tile in chunk.tiles]
         # Each chunk's share of a band needs one slab, so it must fit into the pool; and the next one beside it.
         most = min(self._settings.range_bytes, self._settings.buffer_bytes // 2)
         if pace is not None and not pace.by_layer:
@@ -97,7 +101,8 @@ class Loader:
             self._reader,
             self.link,
             chunks,
-            plan_bands(tables, most, levels=self._quality.levels),
+            plan_bands(tables, most, levels=self._quality.levels, within=Band(shard.layer_begin, shard.layer_end)),
+            shard=shard,
             allocate=allocate,
             on_lost=on_lost,
             at_once=self._chunks_at_once,
@@ -108,7 +113,7 @@ class Loader:
 
     def empty(self, layers: int, tokens: int) -> torch.Tensor:
         """Memory for values [layers, 2, tokens, kv heads, head dim], which earlier values may have used."""
-        shape = (layers, 2, tokens, self._layout.kv_heads, self._layout.head_dim)
+        shape = (layers, 2, tokens, self._shard.heads, self._layout.head_dim)
         return self._recycler.empty(shape, getattr(torch, self._layout.dtype))
 
     def keep(self, key: str, table: SectionTable, data: bytearray) -> None:

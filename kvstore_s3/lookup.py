@@ -1,46 +1,31 @@
 """Which chunks of a prompt are stored: by the verdicts of earlier lookups, the tiers on this machine, and the store.
 
-The store is asked by parallel heads; the hint in the metadata or the header tells where an object's sections lie.
+The store is asked by parallel heads. A chunk is there when its objects cover the rectangle that this process holds:
+mostly one object of just that rectangle, else those of other partitions of the model, which their markers tell.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
-from kvstore_s3.bitstream import HINT_NAME, Header, Identity, decode_hint, parse_header, read_header_length
-from kvstore_s3.errors import DamagedObjectError
+from kvstore_s3.bitstream import Identity
+from kvstore_s3.covers import cut_cover, holds_corner, meet
+from kvstore_s3.errors import BitstreamFault, DamagedObjectError
+from kvstore_s3.inspection import Absence, Inspector, needs_header, object_key
+from kvstore_s3.layout import Shard
 from kvstore_s3.load import LOST, MissingCalibrationError, StoredChunk, run_all
 from kvstore_s3.metrics import Count, ignore
-from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
-from kvstore_s3.quality import Quality
-from kvstore_s3.section_index import PROFILES
-from kvstore_s3.transfer.ranges import count_levels
+from kvstore_s3.shards import KnownShards
 from kvstore_s3.verdicts import Verdict, Verdicts
-
-if TYPE_CHECKING:
-    from kvstore_s3.codec.calibration import Calibration
 
 log = logging.getLogger("kvstore_s3")
 
-_HEADER_GUESS = 4096
-"""Bytes read for a header whose length is not known: enough for 100 sections."""
+Answers = dict[Shard, StoredChunk | Absence]
+"""What is known of a chunk's objects."""
 
-ReadLocal = Callable[[str, int], Awaitable[bytes | None]]
-"""The first bytes of an object, so many or all it has, from the tiers on this machine; None: they do not have them."""
-
-
-async def read_nothing(object_key: str, length: int) -> bytes | None:
-    """The `ReadLocal` of a machine without tiers."""
-    return None
-
-
-def object_key(identity: Identity) -> str:
-    """`<namespace>/<chunk key>/<shard>`, as docs/FORMAT.md says."""
-    return f"{identity.namespace.hex()}/{identity.key.hex()}/{identity.shard.name}"
+_OF_ANOTHER_VERSION = (BitstreamFault.UNSUPPORTED_VERSION, BitstreamFault.UNSUPPORTED_FEATURE)
 
 
 class ChunkFinder:
@@ -48,31 +33,27 @@ class ChunkFinder:
 
     A chunk that was found is not asked for again for `verdict_lifetime_s`; its verdict is withdrawn as soon as it turns
     out damaged or gone. A chunk that was lost is not offered again for so long, unless `mend` is told of it sooner. An
-    object of a profile that `quality` does not accept counts as lost too: a save replaces it.
+    object of a profile that the inspector's quality does not accept counts as lost too where it is of the reader's own
+    rectangle: a save replaces it.
     """
 
     def __init__(
         self,
-        objects: ObjectStore,
-        quality: Quality,
+        inspector: Inspector,
+        shards: KnownShards,
         *,
-        find_calibration: Callable[[bytes], Awaitable[Calibration | None]],
         concurrency: int,
         verdict_lifetime_s: float,
         miss_lifetime_s: float = 0.0,
-        read_local: ReadLocal = read_nothing,
-        on_delay: Callable[[float, float], None] = lambda seconds, now: None,
         count: Count = ignore,
     ) -> None:
-        self._objects = objects
-        self._quality = quality
-        self._find_calibration = find_calibration
+        self._inspector = inspector
+        self._shards = shards
         self._concurrency = concurrency
-        self._read_local = read_local
-        self._on_delay = on_delay
         self._count = count
         self._verdicts = Verdicts(lifetime_s=verdict_lifetime_s, miss_lifetime_s=miss_lifetime_s)
-        self._told: set[int] = set()
+        self._usual: tuple[Shard, ...] = ()
+        """The objects that made up the chunk found last, where it was not one of the reader's own rectangle."""
         self._mended = 0
 
     async def find_all(
@@ -86,9 +67,10 @@ class ChunkFinder:
     ) -> list[StoredChunk | None]:
         """One answer for each chunk, in order, the first at position `first_token` of its prompt.
 
-        With `stop_at_miss`, those behind the first miss may be None. `thorough` reads the header of each scalable
-        object, which alone names its calibration: one whose calibration is not at hand is a miss here, and not only
-        when it is loaded. `fresh` asks the store alone, whatever is remembered: for writers.
+        `identities` are those of objects of the reader's own rectangle. With `stop_at_miss`, chunks behind the first
+        miss may be None. `thorough` reads the header of each scalable object, which alone names its calibration: one
+        whose calibration is not at hand is a miss here, and not only when it is loaded. `fresh` asks the store alone,
+        whatever is remembered: for writers.
         """
         found: list[StoredChunk | None] = [None] * len(identities)
         limit = len(identities)
@@ -98,10 +80,12 @@ class ChunkFinder:
             if verdict is None:
                 unknown.append(index)
             elif verdict.chunk is not None:
-                found[index] = replace(verdict.chunk, first_token=first_token + index * identity.tokens)
+                found[index] = verdict.chunk.moved(first_token + index * identity.tokens)
             elif stop_at_miss:
                 limit = index
                 break
+        if unknown:
+            self._shards.refresh_soon()
         pending = iter(unknown)
 
         async def work() -> None:
@@ -120,22 +104,17 @@ class ChunkFinder:
     def _recall(self, identity: Identity, thorough: bool) -> Verdict | None:
         """What is known of the chunk, if that is enough for this lookup."""
         verdict = self._verdicts.find(identity.key)
-        if verdict is None or verdict.chunk is None or not thorough or verdict.chunk.header is not None:
+        if verdict is None or verdict.chunk is None or not thorough:
             return verdict
-        return None if _needs_header(verdict.chunk.table.profile) else verdict
+        tiles = verdict.chunk.tiles
+        return None if any(tile.header is None and needs_header(tile.table.profile) for tile in tiles) else verdict
 
     async def _find(self, identity: Identity, first_token: int, thorough: bool, fresh: bool) -> StoredChunk | None:
         if self.is_lost(identity):
             return None
         mended = self._mended
         try:
-            chunk = None if fresh else await self._find_local(identity, first_token, thorough)
-            if chunk is None:
-                begun = time.monotonic()
-                info = await self._objects.head(object_key(identity))
-                now = time.monotonic()
-                self._on_delay(now - begun, now)
-                chunk = None if info is None else await self._inspect(info, identity, first_token, thorough)
+            chunk = await self._find_cover(_Question(identity, first_token, thorough, fresh))
         except LOST as error:
             self.lose(identity, error)
             return None
@@ -143,84 +122,87 @@ class ChunkFinder:
             self._verdicts.note(identity.key, chunk)  # not a miss that a save may have mended meanwhile
         return chunk
 
-    async def _find_local(self, identity: Identity, first_token: int, thorough: bool) -> StoredChunk | None:
-        """The chunk as the tiers have it; None where they have not, or not so that it can be used."""
-        key = object_key(identity)
-        data = await self._read_local(key, _HEADER_GUESS)
-        if data is None:
-            return None
+    async def _find_cover(self, question: _Question) -> StoredChunk | None:
+        """Ask for the object of the reader's own rectangle and those that are usual, then for all that may help."""
+        own = question.identity.shard
+        answers: Answers = {}
+        await self._ask(question, {own, *self._usual}, answers)
+        chunk = self._join(own, answers)
+        if chunk is not None:
+            return chunk
+        others = [shard for shard in await self._shards.find() if shard not in answers and meet(shard, own)]
+        corner = {shard for shard in others if holds_corner(shard, own)}
+        for shards in (corner, set(others) - corner):
+            if shards and cut_cover(own, [*_usable(answers), *others]) is not None:
+                await self._ask(question, shards, answers)
+                others = [shard for shard in others if shard not in answers]
+        chunk = self._join(own, answers)
+        if chunk is None and answers[own] is Absence.UNUSABLE:
+            self._verdicts.lose(question.identity.key)
+        return chunk
+
+    async def _ask(self, question: _Question, shards: Collection[Shard], answers: Answers) -> None:
+        """Look for the chunk's objects of `shards`, all at once."""
+
+        async def ask(shard: Shard) -> None:
+            answers[shard] = await self._find_tile(question, shard)
+
+        if len(shards) == 1:
+            await ask(*shards)
+        else:
+            await run_all([ask(shard) for shard in shards])
+
+    async def _find_tile(self, question: _Question, shard: Shard) -> StoredChunk | Absence:
+        """One object of the chunk. Raises one of `LOST` where that of the reader's own rectangle cannot be read."""
+        identity, first_token, thorough = question.identity, question.first_token, question.thorough
+        mine = shard == identity.shard
+        if not mine:
+            identity = replace(identity, shard=shard)
+        tile = None if question.fresh else await self._inspector.find_local(identity, first_token, thorough=thorough)
+        if tile is not None:
+            return tile
         try:
-            length = read_header_length(data)
-            if length > len(data):
-                data = await self._read_local(key, length) or b""
-            header = parse_header(data, identity, profiles=PROFILES, calibrations=None)
-        except DamagedObjectError:
-            return None  # the store has it whole
-        if not self._quality.is_met_by(header.table.profile, count_levels(header.table)):
-            return None
-        if thorough and not await self._is_decodable(header):
-            return None
-        return StoredChunk(key, identity, header.table, header, first_token)
+            return await self._inspector.find_stored(identity, first_token, thorough=thorough)
+        except LOST as error:
+            if mine:
+                raise
+            log.warning("%s is left aside: %s", object_key(identity), error)
+            return Absence.UNUSABLE
 
-    async def _inspect(
-        self, info: ObjectInfo, identity: Identity, first_token: int, thorough: bool
-    ) -> StoredChunk | None:
-        hint = info.metadata.get(HINT_NAME)
-        if hint is not None:
-            try:
-                table = decode_hint(hint, identity, profiles=self._quality.accepts)
-            except DamagedObjectError:
-                pass  # a hint is only a hint: the header decides
-            else:
-                enough = not thorough or not _needs_header(table.profile)
-                fits = table.object_length == info.size
-                if enough and fits and self._quality.is_met_by(table.profile, count_levels(table)):
-                    return StoredChunk(info.key, identity, table, None, first_token)
-        data = bytearray(min(_HEADER_GUESS, info.size))
-        await self._objects.get_range(info.key, 0, memoryview(data))
-        length = read_header_length(data)
-        if length > len(data):
-            data = bytearray(min(length, info.size))
-            await self._objects.get_range(info.key, 0, memoryview(data))
-        header = parse_header(data, identity, profiles=PROFILES, calibrations=None)
-        header.table.check_object_length(info.size)
-        if not self._is_accepted(header) or (thorough and not await self._is_decodable(header)):
-            self._verdicts.lose(identity.key)
+    def _join(self, own: Shard, answers: Answers) -> StoredChunk | None:
+        """One chunk of the objects that were found, if they cover the reader's rectangle."""
+        found = _usable(answers)
+        if own in found:
+            self._usual = ()
+            return found[own]
+        shards = list(found)
+        pieces = cut_cover(own, shards)
+        if pieces is None:
             return None
-        return StoredChunk(info.key, identity, header.table, header, first_token)
-
-    async def _is_decodable(self, header: Header) -> bool:
-        return header.calibration is None or await self._find_calibration(header.calibration) is not None
-
-    def _is_accepted(self, header: Header) -> bool:
-        """Whether the object is as good as the quality wanted; that one is not is said once for each profile."""
-        profile = header.table.profile
-        if self._quality.is_met_by(profile, count_levels(header.table)):
-            return True
-        if profile not in self._told:
-            self._told.add(profile)
-            name = next(name for name, number in PROFILES.items() if number == profile)
-            log.info(
-                "there are %s objects in the store that profile %r cannot use: they are misses, and saves replace them",
-                name,
-                self._quality.name,
-            )
-        return False
+        tiles = [found[shards[number]] for number in sorted({number for number, _ in pieces})]
+        self._usual = tuple(tile.identity.shard for tile in tiles)
+        return StoredChunk.join(tiles)
 
     def lose(self, identity: Identity, error: Exception, begun: float = float("inf")) -> None:
-        """Withdraw the verdict on an object, so that it is not offered again at once, and the next save mends it.
+        """Withdraw the verdict on a chunk, so that it is not offered again at once, and the next save mends it.
 
-        Unless a save has done so already, since the work that failed has `begun`.
+        `identity` is that of the object that failed. Unless a save has mended it already, since the work that failed
+        has `begun`.
         """
         if self._verdicts.is_written_since(identity.key, begun):
             return
         if not self.is_lost(identity) and not isinstance(error, MissingCalibrationError):
             log.warning("%s is treated as a miss: %s", object_key(identity), error)
         self._count("chunks_lost", 1)
-        self._verdicts.lose(identity.key)
+        self._verdicts.lose(identity.key, identity if _is_broken(error) else None)
 
     def is_lost(self, identity: Identity) -> bool:
         return self._verdicts.is_lost(identity.key)
+
+    def find_broken(self, identity: Identity) -> Identity | None:
+        """The object whose damage lost the chunk, where it is of another rectangle than `identity`."""
+        broken = self._verdicts.find_broken(identity.key)
+        return broken if broken is not None and broken.shard != identity.shard else None
 
     def mend(self, identity: Identity) -> None:
         """The object was written anew."""
@@ -228,6 +210,22 @@ class ChunkFinder:
         self._verdicts.forget(identity.key)
 
 
-def _needs_header(profile: int) -> bool:
-    """Whether objects of this profile say something in their header alone: which calibration they were coded with."""
-    return profile == PROFILES["scalable"]
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """`identity` is that of the object of the reader's own rectangle."""
+
+    identity: Identity
+    first_token: int
+    thorough: bool
+    fresh: bool
+
+
+def _usable(answers: Answers) -> dict[Shard, StoredChunk]:
+    return {shard: answer for shard, answer in answers.items() if isinstance(answer, StoredChunk)}
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether an object is of no use to anybody, rather than gone or of a kind that this version cannot read."""
+    if isinstance(error, MissingCalibrationError) or not isinstance(error, DamagedObjectError):
+        return False
+    return error.code not in _OF_ANOTHER_VERSION

@@ -1,4 +1,4 @@
-"""Reading one chunk's share of a band of layers: from host memory, NVMe or the store, verified, decoded, kept."""
+"""Reading one object's share of a band of layers: from host memory, NVMe or the store, verified, decoded, kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvstore_s3.bitstream import Header, Identity, parse_header
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
+from kvstore_s3.layout import Shard
 from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, in_thread
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.quality import Quality
@@ -27,7 +28,7 @@ _NO_TIERS = Tiers()
 
 @dataclass(slots=True)
 class Brought:
-    """The ranges of a chunk in memory, in order: those that a tier gave, and those that are new to host memory."""
+    """The ranges of an object in memory, in order: those that a tier gave, and those that are new to host memory."""
 
     pieces: list[tuple[BandRange, memoryview]]
     new: list[tuple[BandRange, memoryview]]
@@ -47,18 +48,18 @@ class Reader:
     find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
     count: Count = ignore
 
-    async def read_chunk(self, chunk: StoredChunk, band: Band, levels: int, out: Bits, *, urgency: float) -> Header:
-        """Read `levels` levels of `band` of a chunk into `out` [layers of the band, 2, tokens, heads, dim].
+    async def read_tile(self, tile: StoredChunk, wanted: Shard, levels: int, out: Bits, *, urgency: float) -> Header:
+        """Read `levels` levels of a part of one object, the rectangle `wanted`, into `out`, which is that rectangle.
 
-        The band is the first of the object, or its header is known. Returns the verified header. Raises
-        `DamagedObjectError` or `ObjectNotFoundError` where the object cannot be used, and `StoreError` where the store
-        fails; `out` is then undefined. What a tier gave damaged is dropped there and read from the store.
+        `out`: [layers, 2, tokens, heads, dim]. Returns the verified header. Raises `DamagedObjectError` or
+        `ObjectNotFoundError` where the object cannot be used, and `StoreError` where the store fails; `out` is then
+        undefined. What a tier gave damaged is dropped there and read from the store.
         """
-        header = await self._read(chunk, band, levels, out, urgency, self.tiers)
+        header = await self._read(tile, wanted, levels, out, urgency, self.tiers)
         if header is None:
             self.count("tier_damage", 1)
-            self.tiers.drop(chunk.object_key)
-            header = await self._read(chunk, band, levels, out, urgency, _NO_TIERS)
+            self.tiers.drop(tile.object_key)
+            header = await self._read(tile, wanted, levels, out, urgency, _NO_TIERS)
         assert header is not None  # without tiers, damage is raised
         return header
 
@@ -67,21 +68,25 @@ class Reader:
         return self.tiers.covers(key, Extent(start, end))
 
     async def _read(
-        self, chunk: StoredChunk, band: Band, levels: int, out: Bits, urgency: float, tiers: Tiers
+        self, tile: StoredChunk, wanted: Shard, levels: int, out: Bits, urgency: float, tiers: Tiers
     ) -> Header | None:
-        """As `read_chunk`; None where a tier is to blame."""
-        ranges = band_ranges(chunk.table, band, levels=levels)
-        if chunk.header is None or (self.tiers and ranges[0].sections.start == 0):
-            ranges[0] = replace(ranges[0], start=0)  # the header comes along
-        async with self._bring(chunk.object_key, ranges, urgency, tiers) as brought:
+        """As `read_tile`; None where a tier is to blame."""
+        band = Band(wanted.layer_begin, wanted.layer_end)
+        ranges = band_ranges(tile.table, band, levels=levels)
+        if ranges[0].sections.start == 0:
+            if tile.header is None or self.tiers:
+                ranges[0] = replace(ranges[0], start=0)  # the header comes along
+        elif tile.header is None:
+            ranges.insert(0, BandRange(range(0), 0, tile.table.header_length))
+        async with self._bring(tile.object_key, ranges, urgency, tiers) as brought:
             try:
-                header = chunk.header or self._parse_header(brought.pieces[0][1], chunk.identity)
+                header = tile.header or self._parse_header(brought.pieces[0][1], tile.identity)
                 self._check_quality(header.table)
-                if header.table == chunk.table:
+                if header.table == tile.table:
                     calibration = await self._find_calibration(header)
-                    work = (header, chunk.first_token, calibration, band, brought.pieces, out)
+                    work = (header, tile.first_token, calibration, wanted, brought.pieces, out)
                     await in_thread(self.threads, decode_band, *work)
-                    self._keep(chunk.object_key, header, brought)
+                    self._keep(tile.object_key, header, brought)
                     return header
                 if brought.local:
                     return None  # a tier has an object that was there before this one
@@ -93,8 +98,8 @@ class Reader:
                 raise
         if not has_boundaries(header.table, band):
             raise DamagedObjectError(BitstreamFault.BAD_INDEX, "the object's sections are not those in its metadata")
-        corrected = replace(chunk, table=header.table, header=header)  # the hint was wrong; the header is verified
-        return await self._read(corrected, band, levels, out, urgency, tiers)
+        corrected = replace(tile, table=header.table, header=header)  # the hint was wrong; the header is verified
+        return await self._read(corrected, wanted, levels, out, urgency, tiers)
 
     @asynccontextmanager
     async def _bring(

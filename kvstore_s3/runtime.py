@@ -6,12 +6,13 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.config import Settings
 from kvstore_s3.errors import StoreUnavailableError
+from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.store import Hit, KVStore, LayerGroup, Pace, Saved, TokenIds
 
@@ -101,6 +102,9 @@ class SyncKVStore:
     def lookup(self, token_ids: TokenIds, *, salt: str | bytes | None = None, thorough: bool = False) -> Hit:
         return self.runtime.run(self.kv.lookup(token_ids, salt=salt, thorough=thorough))
 
+    def lookup_keys(self, keys: Sequence[bytes], *, first_token: int = 0, thorough: bool = False) -> Hit:
+        return self.runtime.run(self.kv.lookup_keys(keys, first_token=first_token, thorough=thorough))
+
     def load(self, hit: Hit, *, pace: Pace | None = None) -> torch.Tensor:
         return self.runtime.run(self.kv.load(hit, pace=pace))
 
@@ -125,10 +129,23 @@ class SyncKVStore:
         saved = self.kv.save(token_ids, kv, salt=salt, first_token=first_token, prefix_quality=prefix_quality)
         return self.runtime.run(saved)
 
+    def save_keys(
+        self, keys: Sequence[bytes], kv: torch.Tensor, *, first_token: int = 0, prefix_quality: str = "lossless"
+    ) -> Saved:
+        return self.runtime.run(self.kv.save_keys(keys, kv, first_token=first_token, prefix_quality=prefix_quality))
+
+    def stats(self) -> dict[str, float]:
+        return self.kv.stats()
+
 
 @contextmanager
 def connect(
-    url: str, namespace: Namespace, settings: Settings | None = None, *, probe: bool = True
+    url: str,
+    namespace: Namespace,
+    settings: Settings | None = None,
+    *,
+    probe: bool = True,
+    shard: Shard | None = None,
 ) -> Iterator[SyncKVStore]:
     """Open a store for synchronous code: `with connect("file:///dir", namespace) as store: ...`.
 
@@ -136,7 +153,7 @@ def connect(
     """
     runtime = Runtime()
     try:
-        kv = KVStore.open(url, namespace, settings, probe=probe)
+        kv = KVStore.open(url, namespace, settings, probe=probe, shard=shard)
         runtime.run(kv.__aenter__())
         try:
             yield SyncKVStore(kv, runtime)

@@ -12,9 +12,11 @@ import torch
 
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.base import Bits
+from kvstore_s3.covers import cut_cover, meet
 from kvstore_s3.encode import view_bits
 from kvstore_s3.errors import InvalidArgumentError
-from kvstore_s3.load import LOST, StoredChunk
+from kvstore_s3.layout import Shard
+from kvstore_s3.load import LOST, StoredChunk, run_all
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.planner import ChunkCost, Plan, PrefillSpeed, Replanner, plan
 from kvstore_s3.quality import find_quality
@@ -73,7 +75,10 @@ class Group:
 
 
 class Stream:
-    """Reads chunks band by band. `chunks` learn their headers; the first `good` of them are what the load gives.
+    """Reads the rectangle `shard` of chunks, band by band of layers.
+
+    `chunks` learn their headers; the first `good` of them are what the load gives. Each has the objects that it is read
+    from, and no others.
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
     into. `on_lost` hears of objects that could not be used, and since when the load runs; it ends before the
@@ -87,6 +92,7 @@ class Stream:
         chunks: Sequence[StoredChunk],
         bands: Sequence[Band],
         *,
+        shard: Shard,
         allocate: Callable[[Band, int], torch.Tensor],
         on_lost: Callable[[Identity, Exception, float], None],
         at_once: int,
@@ -106,9 +112,12 @@ class Stream:
         self._pace = pace
         self._count = count
         self._lowest = find_quality(lowest_profile).levels if lowest_profile else reader.quality.levels
-        self._headers = [asyncio.Event() for _ in self.chunks]
+        self._shard = shard
+        self._parts = _cut_chunks(shard, self.chunks)
+        self._lost: dict[int, Identity] = {}
+        self._headers = [[asyncio.Event() for _ in chunk.tiles] for chunk in self.chunks]
         self._layers_read = [0] * len(self.chunks)
-        self._sizes = [_level_bytes(chunk, reader, planned=pace is not None) for chunk in self.chunks]
+        self._sizes = [_level_bytes(chunk, shard, reader, planned=pace is not None) for chunk in self.chunks]
         self._layers = bands[-1].layer_end - bands[0].layer_begin
         self._begun = time.monotonic()
         self._next_band = 0
@@ -171,10 +180,6 @@ class Stream:
             async with self._turns:
                 if index >= self.good:
                     return
-                if group.band is not self._bands[0] and self.chunks[index].header is None:
-                    await self._headers[index].wait()  # before a slab is taken: its reader may need one
-                    if self.chunks[index].header is None:
-                        return  # lost, or the load is failing
                 target = bits[:, :, index * tokens : (index + 1) * tokens]
                 await self._read_chunk(index, group.band, target, urgency)
 
@@ -186,17 +191,46 @@ class Stream:
             raise failures.exceptions[0] from None
 
     async def _read_chunk(self, index: int, band: Band, target: Bits, urgency: float) -> None:
-        chunk = self.chunks[index]
+        """Read a chunk's share of a band, from all objects that have some of it at once."""
+        layers = replace(self._shard, layer_begin=band.layer_begin, layer_end=band.layer_end)
+        parts = [(number, piece, part) for number, piece in self._parts[index] if (part := meet(piece, layers))]
         try:
-            header = await self._reader.read_chunk(chunk, band, self.levels[index], target, urgency=urgency)
-            self.chunks[index] = replace(chunk, table=header.table, header=header)
+            work = []
+            for number, piece, part in parts:
+                known_before = piece.layer_begin < band.layer_begin  # an earlier band reads the header
+                out = _part_of(target, part, layers)
+                work.append(self._read_tile(index, number, part, out, urgency, wait=known_before))
+            if len(work) == 1:
+                await work[0]
+            else:
+                await run_all(work)
             self._layers_read[index] += band.layer_end - band.layer_begin
         except LOST as error:
             self.good = min(self.good, index)
             self._cancel_cut()  # nobody waits for what lies behind it, least of all where the link hangs
-            self._on_lost(chunk.identity, error, self._begun)
+            self._on_lost(self._lost.pop(index, self.chunks[index].identity), error, self._begun)
         finally:
-            self._headers[index].set()
+            for number, _, _ in parts:
+                self._headers[index][number].set()
+
+    async def _read_tile(
+        self, index: int, number: int, wanted: Shard, out: Bits, urgency: float, *, wait: bool
+    ) -> None:
+        """Read the rectangle `wanted` of one object of a chunk; with `wait`, once its header is known."""
+        if wait and self.chunks[index].tiles[number].header is None:
+            await self._headers[index][number].wait()  # before a slab is taken: its reader may need one
+            if self.chunks[index].tiles[number].header is None:
+                return  # lost, or the load is failing
+        tiles = list(self.chunks[index].tiles)
+        try:
+            header = await self._reader.read_tile(tiles[number], wanted, self.levels[index], out, urgency=urgency)
+        except LOST:
+            self._lost.setdefault(index, tiles[number].identity)
+            raise
+        if tiles[number].header is not header:
+            tiles = list(self.chunks[index].tiles)  # others may have learned theirs meanwhile
+            tiles[number] = replace(tiles[number], table=header.table, header=header)
+            self.chunks[index] = StoredChunk.join(tiles)
 
     def _cancel_cut(self) -> None:
         for group in self._groups:
@@ -295,17 +329,43 @@ class Stream:
         return self._link.wait_s(id(self), self._urgency(band))
 
 
-def _level_bytes(chunk: StoredChunk, reader: Reader, *, planned: bool) -> tuple[int, ...]:
+def _cut_chunks(shard: Shard, chunks: Sequence[StoredChunk]) -> list[list[tuple[int, Shard]]]:
+    """For each chunk, the pieces of `shard` with the number of the object that each is read from."""
+    known: dict[tuple[Shard, ...], list[tuple[int, Shard]]] = {}
+    cut = []
+    for chunk in chunks:
+        tiles = tuple(tile.identity.shard for tile in chunk.tiles)
+        if tiles not in known:
+            known[tiles] = cut_cover(shard, tiles) or []
+        cut.append(known[tiles])
+    return cut
+
+
+def _part_of(values: Bits, part: Shard, whole: Shard) -> Bits:
+    """The rectangle `part` of `values` [layers, 2, tokens, heads, dim], which are those of `whole`."""
+    layers = slice(part.layer_begin - whole.layer_begin, part.layer_end - whole.layer_begin)
+    heads = slice(part.head_begin - whole.head_begin, part.head_end - whole.head_begin)
+    return values[layers, :, :, heads]
+
+
+def _level_bytes(chunk: StoredChunk, shard: Shard, reader: Reader, *, planned: bool) -> tuple[int, ...]:
     """Stored bytes up to each of the levels that are read; where it matters to a plan, without those that are near."""
-    levels = min(reader.quality.levels, count_levels(chunk.table))
-    wanted = [section for section in chunk.table.sections if section.level < levels]
+    levels = min(reader.quality.levels, max(count_levels(tile.table) for tile in chunk.tiles))
     sizes = [0] * levels
-    if planned and reader.is_near(chunk.object_key, wanted[0].offset, wanted[-1].end):
-        return tuple(sizes)
-    for section in wanted:
-        if not (planned and reader.is_near(chunk.object_key, section.offset, section.end)):
-            for level in range(section.level, levels):
-                sizes[level] += section.stored_length
+    for tile in chunk.tiles:
+        wanted = [
+            section
+            for section in tile.table.sections
+            if section.level < levels
+            and section.layer_begin < shard.layer_end
+            and shard.layer_begin < section.layer_end
+        ]
+        if planned and reader.is_near(tile.object_key, wanted[0].offset, wanted[-1].end):
+            continue
+        for section in wanted:
+            if not (planned and reader.is_near(tile.object_key, section.offset, section.end)):
+                for level in range(section.level, levels):
+                    sizes[level] += section.stored_length
     return tuple(sizes)
 
 

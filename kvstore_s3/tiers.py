@@ -34,6 +34,14 @@ def level_extents(table: SectionTable) -> list[Extent]:
     return [Extent(start, end) for start, end in zip(starts, ends.values(), strict=True)]
 
 
+class TierState(NamedTuple):
+    """What a tier keeps, of how much, and whether it is used at the moment."""
+
+    bytes: int
+    budget: int
+    on: bool
+
+
 class Tiers:
     """Both tiers, or one, or none. For one event loop."""
 
@@ -63,6 +71,15 @@ class Tiers:
 
     def __bool__(self) -> bool:
         return self._host is not None or self._nvme is not None
+
+    def states(self) -> dict[str, TierState]:
+        """Each tier that there is, by its name. For any thread."""
+        found = {}
+        for tier in (self._host, self._nvme):
+            if tier is not None:
+                stats = tier.stats
+                found[tier.name] = TierState(stats.bytes, stats.budget, tier is self._host or tier.is_on)
+        return found
 
     async def start(self) -> None:
         """Find what earlier processes, and other ones, keep on NVMe."""

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from typing import NamedTuple
 
+from kvstore_s3.bitstream import Identity
 from kvstore_s3.load import StoredChunk
 
 _MOST_VERDICTS = 1 << 17
@@ -19,6 +20,13 @@ class Verdict(NamedTuple):
     chunk: StoredChunk | None
 
 
+class Loss(NamedTuple):
+    """A chunk that is not offered; `broken` is the object that was found damaged, None where it may be sound."""
+
+    until: float
+    broken: Identity | None
+
+
 class Verdicts:
     """A chunk was found, or was not there, or was lost: damaged, gone while it was read, or of no use to this quality.
 
@@ -29,7 +37,7 @@ class Verdicts:
         self._lifetime_s = lifetime_s
         self._miss_lifetime_s = miss_lifetime_s
         self._known: OrderedDict[bytes, Verdict] = OrderedDict()
-        self._lost: dict[bytes, float] = {}
+        self._lost: dict[bytes, Loss] = {}
         self._written: OrderedDict[bytes, float] = OrderedDict()
 
     def find(self, key: bytes) -> Verdict | None:
@@ -46,15 +54,21 @@ class Verdicts:
         if len(self._known) > _MOST_VERDICTS:
             self._known.popitem(last=False)
 
-    def lose(self, key: bytes) -> None:
-        """The object cannot be used."""
+    def lose(self, key: bytes, broken: Identity | None = None) -> None:
+        """The chunk cannot be used; `broken` is the object that is damaged, if one is."""
         now = time.monotonic()
         self._known.pop(key, None)
-        self._lost = {key: until for key, until in self._lost.items() if until > now}
-        self._lost[key] = now + self._lifetime_s
+        self._lost = {key: loss for key, loss in self._lost.items() if loss.until > now}
+        self._lost[key] = Loss(now + self._lifetime_s, broken)
 
     def is_lost(self, key: bytes) -> bool:
-        return self._lost.get(key, 0.0) > time.monotonic()
+        loss = self._lost.get(key)
+        return loss is not None and loss.until > time.monotonic()
+
+    def find_broken(self, key: bytes) -> Identity | None:
+        """The object whose damage lost the chunk."""
+        loss = self._lost.get(key)
+        return loss.broken if loss is not None else None
 
     def forget(self, key: bytes) -> None:
         """The object was written anew."""

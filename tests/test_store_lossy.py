@@ -524,7 +524,7 @@ async def test_an_object_with_fewer_levels_than_asked_for_is_a_miss_and_is_repla
     async with open_store(url, "balanced") as store:
         with monkeypatch.context() as writer:
             if not hint:
-                writer.setattr("kvstore_s3.store.encode_hint", lambda table: None)
+                writer.setattr("kvstore_s3.saving.encode_hint", lambda table: None)
             saved = await store.save(TOKENS, kv, prefix_quality="small")
     assert saved.chunks_new == WHOLE // CHUNK
     async with open_store(url, "small") as store:

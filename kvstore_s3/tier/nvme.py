@@ -70,6 +70,11 @@ class NvmeTier:
         """What this process knows of; the budget counts what all processes keep."""
         return TierStats(len(self._index.extents), self._index.bytes, self._files.budget)
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it is read from: not while it is left alone because it failed."""
+        return self._started and self._reads.is_on(time.monotonic())
+
     async def settle(self) -> None:
         """Wait until all that goes on in the background is done: removing what was dropped, looking for news."""
         await self._background.settle()

@@ -6,7 +6,8 @@ level, and where it has all layers, one range in all. `plan_ranges` then says by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -53,21 +54,28 @@ def count_levels(table: SectionTable) -> int:
     return table.sections[-1].level + 1
 
 
-def plan_bands(tables: Sequence[SectionTable], range_bytes: int, *, levels: int = 1) -> list[Band]:
-    """Cut the layers where all objects have a section boundary, then join neighbours up to `range_bytes` an object.
+def plan_bands(
+    tables: Sequence[SectionTable], range_bytes: int, *, levels: int = 1, within: Band | None = None
+) -> list[Band]:
+    """Cut the layers where no object has a section across, then join neighbours up to `range_bytes` an object.
 
     `levels` are those wanted; an object that has fewer gives what it has. Objects may have been written with different
-    layer groups; a band never cuts a section of any of them.
+    layer groups, and hold different layers. A band never cuts a section of any of them, but at the ends of `within`,
+    the layers that are wanted (None: all).
     """
-    boundaries = sorted(set.intersection(*(_boundaries(table) for table in tables)))
-    sizes = [_sizes_up_to(table, levels) for table in tables]
+    begin = within.layer_begin if within else min(table.sections[0].layer_begin for table in tables)
+    end = within.layer_end if within else max(table.sections[-1].layer_end for table in tables)
+    inner = {layer for table in tables for layer in _layers_across(table)}
+    boundaries = [begin, *(layer for layer in range(begin + 1, end) if layer not in inner), end]
+    sizes = [_sizes_up_to(table, levels, boundaries) for table in tables]
     bands: list[Band] = []
-    for begin, end in pairwise(boundaries):
-        joined = Band(bands[-1].layer_begin if bands else begin, end)
-        if bands and max(size[joined.layer_end] - size[joined.layer_begin] for size in sizes) <= range_bytes:
-            bands[-1] = joined
+    first = 0
+    for number, (start, stop) in enumerate(pairwise(boundaries)):
+        if bands and max(size[number + 1] - size[first] for size in sizes) <= range_bytes:
+            bands[-1] = Band(bands[-1].layer_begin, stop)
         else:
-            bands.append(Band(begin, end))
+            bands.append(Band(start, stop))
+            first = number
     return bands
 
 
@@ -77,13 +85,13 @@ def has_boundaries(table: SectionTable, band: Band) -> bool:
 
 
 def band_ranges(table: SectionTable, band: Band, *, levels: int = 1) -> list[BandRange]:
-    """The sections of `table` inside `band` in the first `levels` levels, in the object's order.
+    """The sections of `table` that have layers of `band` in the first `levels` levels, in the object's order.
 
-    One range for each level; ranges without a gap between them are one.
+    There is one at least. One range for each level; ranges without a gap between them are one.
     """
     ranges: list[BandRange] = []
     for level in range(min(levels, count_levels(table))):
-        numbers = [n for n, section in enumerate(table.sections) if section.level == level and _inside(section, band)]
+        numbers = [n for n, section in enumerate(table.sections) if section.level == level and _meets(section, band)]
         first, last = numbers[0], numbers[-1]
         start, end = table.sections[first].offset, table.sections[last].end
         if ranges and ranges[-1].end == start:
@@ -107,17 +115,25 @@ def _boundaries(table: SectionTable) -> set[int]:
     return {base[0].layer_begin, *(section.layer_end for section in base)}
 
 
-def _inside(section: Section, band: Band) -> bool:
-    return band.layer_begin <= section.layer_begin and section.layer_end <= band.layer_end
-
-
-def _sizes_up_to(table: SectionTable, levels: int) -> dict[int, int]:
-    """Stored bytes of the wanted levels before each boundary of layers."""
-    sizes: dict[int, int] = {table.sections[0].layer_begin: 0}
+def _layers_across(table: SectionTable) -> Iterator[int]:
+    """Layers at which a cut would go through a section."""
     for section in table.sections:
-        if section.level < levels:
-            sizes[section.layer_end] = sizes.get(section.layer_end, 0) + section.stored_length
-    return dict(zip(sizes, accumulate(sizes.values()), strict=True))
+        if section.level:
+            return
+        yield from range(section.layer_begin + 1, section.layer_end)
+
+
+def _meets(section: Section, band: Band) -> bool:
+    return section.layer_begin < band.layer_end and band.layer_begin < section.layer_end
+
+
+def _sizes_up_to(table: SectionTable, levels: int, boundaries: Sequence[int]) -> list[int]:
+    """Stored bytes of the wanted levels before each of `boundaries`, a section counted where its wanted layers are."""
+    sizes, all_layers = [0] * len(boundaries), Band(boundaries[0], boundaries[-1])
+    for section in table.sections:
+        if section.level < levels and _meets(section, all_layers):
+            sizes[bisect_right(boundaries, max(section.layer_begin, boundaries[0]))] += section.stored_length
+    return list(accumulate(sizes))
 
 
 def plan_ranges(sections: Sequence[tuple[int, int]], *, max_bytes: int, gap_bytes: int) -> list[Request]:
