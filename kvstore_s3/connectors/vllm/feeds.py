@@ -14,6 +14,8 @@ _COUNTERS = {
     "host_hit_bytes": ("kvstore_bytes_read", "host"),
     "nvme_hit_bytes": ("kvstore_bytes_read", "nvme"),
     "store_read_bytes": ("kvstore_bytes_read", "store"),
+    "host_kept_bytes": ("kvstore_bytes_kept", "host"),
+    "nvme_kept_bytes": ("kvstore_bytes_kept", "nvme"),
     "loads_given_up": ("kvstore_loads_given_up", ""),
     "chunks_left_to_recompute": ("kvstore_chunks_left", ""),
     "levels_left_out": ("kvstore_levels_left_out", ""),

@@ -100,6 +100,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "Prompt tokens whose KV was read from the KV store.", "quality", QUALITIES, once=True
         ),
         "kvstore_bytes_read": _counter("Encoded bytes that were read, by where they came from.", "tier", TIERS),
+        "kvstore_bytes_kept": _counter("Encoded bytes that a tier took over.", "tier", TIERS[:2]),
         "kvstore_loads_given_up": _counter("Loads that the planner ended because computing was faster."),
         "kvstore_chunks_left": _counter("Chunks of a hit that the planner left to computing."),
         "kvstore_levels_left_out": _counter("Levels of quality that were not read because there was no time."),
