@@ -204,6 +204,39 @@ def test_a_hybrid_model_is_refused_when_the_engine_starts(run_engine: Any, tmp_p
     assert run.log_lines("KVStoreS3Connector does not support this engine yet: the KV cache is hybrid")
 
 
+def test_a_model_with_latent_attention_is_refused_when_the_engine_starts(run_engine: Any, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    deepseek = transformers.DeepseekV2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        first_k_dense_replace=2,
+        max_position_embeddings=2048,
+        dtype="bfloat16",
+    )
+    transformers.DeepseekV2ForCausalLM(deepseek).to(torch.bfloat16).save_pretrained(tmp_path / "deepseek")
+    run = run_engine([[[1] * 300]], model=tmp_path / "deepseek", store=f"file://{tmp_path}/store", fails=True)
+    assert run.code != 0
+    assert run.log_lines("does not support this engine yet: the model uses multi-head latent attention (MLA)")
+
+
+def test_all_that_hides_what_the_model_is_is_refused_when_the_engine_starts(run_engine: Any, tmp_path: Path):
+    engine: dict[str, Any] = {"hf_overrides": {"rope_theta": 500000.0}, "load_format": "dummy"}
+    run = run_engine([[[1] * 300]], store=f"file://{tmp_path}/store", fails=True, **engine)
+    assert run.code != 0
+    assert run.log_lines("does not support this engine yet: hf_overrides change the model")
+    assert run.log_lines("load_format is 'dummy'")
+    assert not list(tmp_path.rglob("*.json")), "nothing was opened"
+
+
 @pytest.mark.parametrize(
     ("store", "extra", "named"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-CHUNK = 256
 
 
 def prompt_of(length: int, *, seed: int) -> list[int]:
@@ -44,38 +43,44 @@ def plain(run_engine: Any) -> Any:
     return run_engine([[PROMPT], [OTHER]], dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def saved(run_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a store into which one rank saved `PROMPT`. Tests copy it."""
+    directory = tmp_path_factory.mktemp("saved")
+    run_engine([[PROMPT]], store=f"file://{directory}", dtype="float32")
+    return directory
+
+
+@pytest.fixture
+def store(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "store"))
+
+
 def shards_in(directory: Path) -> set[str]:
     """Names of the objects' shards, without the namespace's own files."""
     return {path.name for path in directory.rglob("l*.h*") if len(path.parent.name) == 64}
 
 
-def test_two_ranks_use_what_one_saved_and_one_rank_uses_what_two_saved(plain: Any, run_engine: Any, tmp_path: Path):
-    store = f"file://{tmp_path}/store"
-    run_engine([[PROMPT]], store=store, dtype="float32")
-    two = run_engine([[PROMPT], [OTHER]], store=store, **TWO_RANKS)
+@pytest.mark.parametrize(
+    ("engine", "parts"),
+    [(TWO_RANKS, {"l0-4.h0-2", "l0-4.h2-4"}), (TWO_STAGES, {"l0-2.h0-4", "l2-4.h0-4"})],
+    ids=["tensor", "pipeline"],
+)
+def test_ranks_use_what_one_saved_and_one_uses_what_they_saved(
+    plain: Any, run_engine: Any, store: Path, engine: dict[str, Any], parts: set[str]
+):
+    two = run_engine([[PROMPT], [OTHER]], store=f"file://{store}", **engine)
     assert two.cached == [[512], [0]]
     assert two.tokens == plain.tokens
-    assert shards_in(tmp_path / "store") == {"l0-4.h0-4", "l0-4.h0-2", "l0-4.h2-4"}
-    one = run_engine([[OTHER]], store=store, dtype="float32")
-    assert one.cached == [[512]]
-    assert one.tokens == plain.tokens[1:]
-
-
-def test_stages_of_a_pipeline_use_what_one_rank_saved_and_the_reverse(plain: Any, run_engine: Any, tmp_path: Path):
-    store = f"file://{tmp_path}/store"
-    run_engine([[PROMPT]], store=store, dtype="float32")
-    two = run_engine([[PROMPT], [OTHER]], store=store, **TWO_STAGES)
-    assert two.cached == [[512], [0]]
-    assert two.tokens == plain.tokens
-    assert shards_in(tmp_path / "store") == {"l0-4.h0-4", "l0-2.h0-4", "l2-4.h0-4"}
-    one = run_engine([[OTHER]], store=store, dtype="float32")
+    assert shards_in(store) == {"l0-4.h0-4", *parts}
+    one = run_engine([[OTHER]], store=f"file://{store}", dtype="float32")
     assert one.cached == [[512]]
     assert one.tokens == plain.tokens[1:]
 
 
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype", "kept"),
-    [("float16", "auto", "float16"), ("bfloat16", "fp8", "float8_e4m3fn"), ("bfloat16", "fp8_e5m2", "float8_e5m2")],
+    [("float16", "auto", "float16"), ("bfloat16", "fp8", "float8_e4m3fn")],
 )
 def test_tokens_are_the_same_for_every_dtype_of_kv(
     run_engine: Any, tmp_path: Path, dtype: str, kv_dtype: str, kept: str
@@ -87,12 +92,6 @@ def test_tokens_are_the_same_for_every_dtype_of_kv(
     again = run_engine([[PROMPT]], store=store, **kind)
     assert (first.cached, again.cached) == ([[0]], [[512]])
     assert again.tokens == first.tokens
-
-
-def test_fp8_pages_are_no_hit_for_an_engine_that_keeps_bfloat16(run_engine: Any, tmp_path: Path):
-    store = f"file://{tmp_path}/store"
-    run_engine([[PROMPT]], store=store, kv_cache_dtype="fp8")
-    assert run_engine([[PROMPT]], store=store).cached == [[0]]
 
 
 def test_guessed_tokens_do_not_change_what_is_saved_and_loaded(run_engine: Any, tmp_path: Path):
@@ -142,27 +141,23 @@ def test_adapters_are_told_apart_by_content_and_not_by_name(run_engine: Any, tmp
     assert len({str(tokens) for tokens in (saved.tokens[0], saved.tokens[1], replaced.tokens[0])}) == 3
 
 
-def test_nothing_old_is_loaded_after_the_weights_have_changed(run_engine: Any, llama: Path, tmp_path: Path):
+def test_nothing_old_is_loaded_after_the_weights_have_changed(
+    plain: Any, run_engine: Any, llama: Path, store: Path, tmp_path: Path
+):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(12)
     others = tmp_path / "others"
     transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(llama)).save_pretrained(others)
-    store = f"file://{tmp_path}/store"
-    before = run_engine([[PROMPT]], store=store, dtype="float32")
-    after = run_engine([[PROMPT]], model=others, dtype="float32")
+    engine: dict[str, Any] = {"store": f"file://{store}", "dtype": "float32"}
     changed = run_engine(
-        [[PROMPT], [PROMPT], [PROMPT], [PROMPT]],
-        store=store,
-        dtype="float32",
-        enable_prefix_caching=True,
-        scenario="change_weights",
-        job={"others": str(others)},
+        [[PROMPT], [PROMPT], [PROMPT], [PROMPT]], scenario="change_weights", job={"others": str(others)}, **engine
     )
-    assert changed.tokens[:2] == before.tokens * 2, "sleeping changes nothing"
+    expected = run_engine([[PROMPT]], model=others, dtype="float32")
+    assert expected.tokens != plain.tokens[:1]
     assert changed.cached[0] == [512]
+    assert changed.tokens[:2] == plain.tokens[:1] * 2, "sleeping changes nothing"
     assert changed.cached[2] == [0], "what the old weights made is not loaded"
-    assert changed.tokens[2:] == after.tokens * 2
-    assert before.tokens != after.tokens
-    again = run_engine([[PROMPT]], store=store, dtype="float32")
-    assert again.cached == [[512]], "what the new weights made did not take the place of the old"
-    assert again.tokens == before.tokens
+    assert changed.tokens[2:] == expected.tokens * 2
+    again = run_engine([[PROMPT]], **engine)
+    assert again.cached == [[512]]
+    assert again.tokens == plain.tokens[:1], "what the new weights made did not take the place of the old"
