@@ -65,6 +65,11 @@ class ChunkPlace:
     first_token: int
     tiles: tuple[tuple[Shard, SectionTable], ...]
 
+    @property
+    def size(self) -> int:
+        """Stored bytes of all its objects."""
+        return sum(table.object_length for _, table in self.tiles)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
@@ -90,6 +95,11 @@ class StoredChunk:
     def tiles(self) -> tuple[StoredChunk, ...]:
         """Each of its objects, alone."""
         return (replace(self, beside=()), *self.beside) if self.beside else (self,)
+
+    @property
+    def size(self) -> int:
+        """Stored bytes of all its objects."""
+        return sum(tile.table.object_length for tile in (self, *self.beside))
 
     def place(self) -> ChunkPlace:
         """What another process needs to read the chunk: see `KVStore.hit_of`."""

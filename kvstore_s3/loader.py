@@ -111,6 +111,11 @@ class Loader:
             count=self._count,
         )
 
+    def is_near(self, chunk: StoredChunk) -> bool:
+        """Whether the tiers on this machine will probably give all of a chunk."""
+        tiles = chunk.tiles
+        return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
+
     def empty(self, layers: int, tokens: int) -> torch.Tensor:
         """Memory for values [layers, 2, tokens, kv heads, head dim], which earlier values may have used."""
         shape = (layers, 2, tokens, self._shard.heads, self._layout.head_dim)

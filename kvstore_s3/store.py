@@ -265,6 +265,14 @@ class KVStore:
         chunks = [self._identity(key) for key in keys]
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
+    def is_near(self, hit: Hit) -> bool:
+        """Whether the tiers on this machine will probably give all of the hit."""
+        return bool(hit) and all(self._loader.is_near(chunk) for chunk in hit.chunks)
+
+    def is_lost(self, key: bytes) -> bool:
+        """Whether the chunk of this key turned out damaged, short, swapped or gone lately."""
+        return self._finder.is_lost(self._identity(key))
+
     def stats(self) -> dict[str, float]:
         """Gauges of the moment, by name; see `gauges.measure`. Cheap, and for any thread."""
         return measure(self._loader, self.objects)

@@ -31,6 +31,9 @@ ENOUGH = 8
 _NO_NOISE = 0.02
 """Relative residuals below this are not told apart: no sample rules the fit because it was met exactly."""
 
+_TINY_S = 1e-9
+"""No sample is expected to take less: shares of it are made."""
+
 _TO_SIGMA = 1.4826
 """Standard deviation of a normal distribution, from the median of the absolute deviations."""
 
@@ -97,16 +100,20 @@ class LinearFit:
         self.coefficients[fixed] = coefficient
 
     def _weights(self, features: Floats, seconds: Floats) -> Floats:
-        """With these, squares of residuals become absolute relative residuals, as the last fit has them."""
-        off = np.abs(features @ self.coefficients - seconds)
-        weights: Floats = 1 / (np.maximum(off, _NO_NOISE * seconds) * seconds)
+        """With these, squares of residuals become absolute residuals relative to the last fit.
+
+        Not to what was measured: fast samples would then count for more than slow ones.
+        """
+        fitted = np.maximum(features @ self.coefficients, _TINY_S)
+        weights: Floats = 1 / (np.maximum(np.abs(fitted - seconds), _NO_NOISE * fitted) * fitted)
         return weights
 
     def standard_error(self, feature: int) -> float:
         """Of its coefficient, from the scatter of the samples."""
         features, seconds = self.window()
-        relative = features / seconds[:, None]
-        off = np.sort(np.abs(relative @ self.coefficients - 1))
+        fitted = np.maximum(features @ self.coefficients, _TINY_S)
+        relative = features / fitted[:, None]
+        off = np.sort(np.abs(seconds / fitted - 1))
         scatter = _TO_SIGMA * off[len(off) // 2]
         products = relative.T @ relative
         products.flat[:: len(products) + 1] *= 1 + _RIDGE

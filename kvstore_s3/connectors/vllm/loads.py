@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from kvstore_s3.connectors.vllm.health import StoreHealth, log
-from kvstore_s3.connectors.vllm.messages import LoadOrder
+import torch
+
+from kvstore_s3.connectors.vllm.following import Follower
+from kvstore_s3.connectors.vllm.health import StoreHealth, late, log
+from kvstore_s3.connectors.vllm.messages import LoadOrder, LoadReport
 from kvstore_s3.connectors.vllm.paged import PagedCache
 from kvstore_s3.connectors.vllm.plans import floor_to
-from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+from kvstore_s3.errors import KVStoreError
 from kvstore_s3.hits import Hit
-from kvstore_s3.load import in_thread
+from kvstore_s3.load import StoredChunk, in_thread
+from kvstore_s3.quality import worst_quality
 from kvstore_s3.store import KVStore
 
 
-@dataclass(frozen=True, slots=True)
-class LoadResult:
-    """A load has ended and will not write any more. The request's first `good` tokens are in the engine's blocks."""
+class LayerGate:
+    """How far a load has come, for the thread that computes layer after layer and needs their KV."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._layers = 0
+        self._ended = False
+
+    def advance(self, layers: int) -> None:
+        """Layers below `layers`, in the model's numbers, are there."""
+        with self._changed:
+            self._layers = layers
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """The load has ended, well or not: nobody need wait any more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait(self, layer: int) -> None:
+        """Return once `layer` is there or the load has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or layer < self._layers)
+
+    def wait_for_end(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended)
+
+
+@dataclass(slots=True)
+class LoadUnderWay:
+    """A load on this rank. The request's first `good` tokens are in the engine's blocks, in all layers of the rank.
+
+    Pages are written once `pages_ready` is set: at the start of a step, the engine may still be clearing them.
+    """
 
     order: LoadOrder
+    pages_ready: threading.Event
+    gate: LayerGate
     good: int
+    quality: str = "lossless"
+    reason: str | None = None
+    near: bool = False
+    begun: float = 0.0
+    task: asyncio.Task[None] | None = None
+    revoked: bool = False
+
+    def report(self, now: float) -> LoadReport:
+        good, reason = (self.order.tokens.begin, "aborted") if self.revoked else (self.good, self.reason)
+        if good == self.order.tokens.end:
+            reason = None
+        return LoadReport(self.order.request_id, good, reason, self.quality, now - self.begun, self.near)
 
 
 class Loader:
@@ -39,60 +92,109 @@ class Loader:
         cache: PagedCache,
         health: StoreHealth,
         writer: ThreadPoolExecutor,
+        follower: Follower,
         *,
         deadline_s: float,
-        on_end: Callable[[LoadResult], None],
+        stall_s: float,
+        on_end: Callable[[LoadUnderWay], None],
     ) -> None:
         self._kv = kv
         self._cache = cache
         self._health = health
-        self._deadline_s = deadline_s
-        self._on_end = on_end
-        self._fills: dict[str, asyncio.Task[int]] = {}
         self._writer = writer
+        self._follower = follower
+        self._deadline_s = deadline_s
+        self._stall_s = stall_s
+        self._on_end = on_end
         self._told: set[str] = set()
 
-    async def load(self, order: LoadOrder) -> None:
+    async def load(self, load: LoadUnderWay) -> None:
         """Carry out one order; `on_end` is called in any case, once."""
-        fill = asyncio.create_task(self._fill(order))
-        self._fills[order.request_id] = fill
-        good = order.tokens.begin
+        load.begun = time.monotonic()
+        load.task = fill = asyncio.create_task(self._fill(load))
+        if load.revoked:
+            fill.cancel()
         try:
-            async with asyncio.timeout(self._deadline_s):
-                good = await fill
+            await fill
         except TimeoutError:
-            self._health.report(StoreUnavailableError(f"a load took longer than {self._deadline_s} s"))
+            load.reason = "late"
+            self._health.report(late("load", self._deadline_s))
         except KVStoreError as error:
+            load.reason = "store-out"
             self._health.report(error)
         except asyncio.CancelledError:
             if not fill.cancelled() or _is_cancelling():
                 raise
         finally:
-            del self._fills[order.request_id]
-            self._on_end(LoadResult(order, good))
+            self._on_end(load)  # first, so that who waits for the gate finds it done
+            load.gate.end()
 
-    async def abort(self, request_id: str) -> None:
-        """End the load of a request that is gone; its blocks are still held until `on_end`."""
-        fill = self._fills.get(request_id)
-        if fill is not None:
-            fill.cancel()
+    async def revoke(self, load: LoadUnderWay) -> None:
+        """End a load that nobody wants any more; its blocks are still held until `on_end`, and count as not filled."""
+        load.revoked = True
+        if load.task is not None:
+            load.task.cancel()
 
-    async def _fill(self, order: LoadOrder) -> int:
-        """Write all layers of the order's tokens; return up to which token all layers are good."""
-        tokens, block_tokens = order.tokens, self._cache.block_tokens
-        good, layers = tokens.begin, 0
-        hit = order.to_hit(self._kv)
-        async with aclosing(self._kv.stream(hit)) as groups:
+    async def _fill(self, load: LoadUnderWay) -> None:
+        """Write all layers of the order's tokens, as far as they are there and good."""
+        async with aclosing(self._hits(load)) as hits:
+            async for first_token, hit in hits:
+                wanted = min(first_token + hit.tokens, load.order.tokens.end)
+                await self._fill_hit(load, first_token, hit)
+                self._tell_quality(hit)
+                if load.good < floor_to(wanted, self._cache.block_tokens):
+                    lost = self._kv.is_lost(self._key_at(load.order, load.good))
+                    load.reason = "damaged" if lost else "given-up"
+                    return
+        load.reason = "stalled" if load.order.follow else None
+
+    async def _hits(self, load: LoadUnderWay) -> AsyncGenerator[tuple[int, Hit], None]:
+        """Hits and the tokens they begin at; each begins with the chunk that holds the first token still missing."""
+        order, size = load.order, self._kv.namespace.chunk_tokens
+        if not order.follow:
+            hit = self._kv.hit_of(order.places)
+            load.near = self._kv.is_near(hit)
+            yield order.first_token, hit
+            return
+        chunks: list[StoredChunk] = []
+        arrivals = self._follower.follow(
+            order.keys,
+            chunk_tokens=size,
+            stall_s=self._stall_s,
+            first_token=order.first_token,
+            speed=None if order.pace is None else order.pace.prefill,
+        )
+        async with aclosing(arrivals) as hits:
+            async for hit in hits:
+                chunks += hit.chunks
+                skipped = (load.good - order.first_token) // size
+                yield order.first_token + skipped * size, self._kv.make_hit(chunks[skipped:])
+
+    async def _fill_hit(self, load: LoadUnderWay, first_token: int, hit: Hit) -> None:
+        """Write one hit; `load.good` grows only where all layers are there."""
+        order, block_tokens = load.order, self._cache.block_tokens
+        begin, good, layers, quality = load.good, load.good, 0, "lossless"
+        pace = None if order.follow else order.pace  # who follows has chosen to wait
+        async with asyncio.timeout(self._deadline_s), aclosing(self._kv.stream(hit, pace=pace)) as groups:
             async for group in groups:
-                good = floor_to(min(order.first_token + group.tokens, tokens.end), block_tokens)
-                if good <= tokens.begin:
-                    return tokens.begin
-                kv = group.kv[:, :, tokens.begin - order.first_token : good - order.first_token]
-                block_ids = order.block_ids[: (good - tokens.begin) // block_tokens]
-                await in_thread(self._writer, self._cache.write, group.layer_begin, kv, block_ids)
-                layers = group.layer_end
-        self._tell_quality(hit)
-        return good if layers == len(self._cache.layers) else tokens.begin
+                good = floor_to(min(first_token + group.tokens, order.tokens.end), block_tokens)
+                if good <= begin:
+                    return
+                first_block = (begin - order.tokens.begin) // block_tokens
+                block_ids = order.block_ids[first_block : first_block + (good - begin) // block_tokens]
+                kv = group.kv[:, :, begin - first_token : good - first_token]
+                await in_thread(self._writer, self._write, load, group.layer_begin, kv, block_ids)
+                layers, quality = group.layer_end, worst_quality((quality, group.quality))
+                load.gate.advance(layers)
+        if layers == self._cache.layer_end:
+            load.good, load.quality = good, worst_quality((load.quality, quality))
+
+    def _write(self, load: LoadUnderWay, layer_begin: int, kv: torch.Tensor, block_ids: tuple[int, ...]) -> None:
+        load.pages_ready.wait()
+        self._cache.write(layer_begin, kv, block_ids)
+
+    def _key_at(self, order: LoadOrder, token: int) -> bytes:
+        return order.keys[(token - order.first_token) // self._kv.namespace.chunk_tokens]
 
     def _tell_quality(self, hit: Hit) -> None:
         """Say once of each lossy quality that it is used."""

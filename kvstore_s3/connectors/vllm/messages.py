@@ -2,100 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvstore_s3.bitstream import Identity, SectionTable
 from kvstore_s3.connectors.vllm.plans import TokenRange
-from kvstore_s3.load import StoredChunk
-from kvstore_s3.namespace import Namespace
-from kvstore_s3.store import Hit, KVStore
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkPlace:
-    """A chunk that a lookup found, without what the other process knows itself (its namespace)."""
-
-    object_key: str
-    key: bytes
-    table: SectionTable
-    first_token: int
-
-    @classmethod
-    def of(cls, chunk: StoredChunk) -> ChunkPlace:
-        return cls(chunk.object_key, chunk.identity.key, chunk.table, chunk.first_token)
-
-    def to_chunk(self, namespace: Namespace) -> StoredChunk:
-        layout = namespace.layout
-        identity = Identity(namespace.digest, self.key, layout.full_shard, layout, namespace.chunk_tokens)
-        return StoredChunk(self.object_key, identity, self.table, None, self.first_token)
+from kvstore_s3.load import ChunkPlace
+from kvstore_s3.streaming import Pace
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOrder:
-    """Fill `block_ids` with `tokens` of a request. `places` are the chunks from `first_token`, a chunk boundary, on."""
+    """Fill `block_ids` with `tokens` of a request.
+
+    `keys` are those of the chunks from `first_token`, a chunk boundary, on, and `places` where the store has them.
+    `by_layer`: the step that follows waits for each layer. `follow`: `places` is empty, for the chunks are still being
+    computed by another engine; those that come are loaded as they come.
+    """
 
     request_id: str
     tokens: TokenRange
     block_ids: tuple[int, ...]
     first_token: int
+    keys: tuple[bytes, ...]
     places: tuple[ChunkPlace, ...]
-
-    def to_hit(self, kv: KVStore) -> Hit:
-        """A hit of `places` alone: its token 0 is the request's `first_token`."""
-        return kv.make_hit([place.to_chunk(kv.namespace) for place in self.places])
+    pace: Pace | None
+    by_layer: bool = False
+    follow: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """Save `tokens` of a request, which lie in `block_ids` after this step.
-
-    `prompt` holds the token ids from 0 to `tokens.end`, little-endian u32: a chunk's key names its whole prefix.
-    """
+    """Save `tokens` of a request, whole chunks of these `keys`, which lie in `block_ids` after this step."""
 
     save_id: int
     request_id: str
     tokens: TokenRange
     block_ids: tuple[int, ...]
-    prompt: bytes
-    salt: str | None
+    keys: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
-    """Scheduler to worker. `idle`: this step computes nothing, and the scheduler waits for lookups or loads."""
+    """Scheduler to worker. `idle_s`: this step computes nothing, and waits so long for a load to end; 0: not at all.
+
+    `epoch` counts how often the engine's caches were reset: loads of an older one must not count any more.
+    """
 
     loads: tuple[LoadOrder, ...]
     saves: tuple[SaveOrder, ...]
-    idle: bool
+    idle_s: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A load ended; the request's first `good` tokens are in the engine's blocks. Fewer than ordered: it failed."""
+    """A load ended on one rank; the request's first `good` tokens are in its blocks. Fewer than ordered: it was cut.
+
+    `reason` says why it was cut, else it is None. `quality` is the worst of what was loaded, `seconds` what it took;
+    `near`: all of it came from this machine's tiers.
+    """
 
     request_id: str
     good: int
-    ordered: int
+    reason: str | None
+    quality: str
+    seconds: float
+    near: bool
 
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """A save ended; `stored` says whether all of it is in the store now."""
+    """A save ended on one rank; `stored` says whether all of it is in the store now, `new` how many bytes it wrote."""
 
     save_id: int
     stored: bool
+    new_tokens: int = 0
+    new_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """What a rank has measured: bytes/s of all its reads together (None: not yet), and seconds to a first byte."""
+
+    bytes_per_s: float | None
+    latency_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """Worker to scheduler: what ended since the last step."""
+    """Worker to scheduler: what ended since the last step, of one rank or, joined, of several."""
 
     loads: tuple[LoadReport, ...]
     saves: tuple[SaveReport, ...]
+    links: tuple[LinkReport, ...] = field(default=())
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReport:
         if not isinstance(other, StepReport):
             raise TypeError(f"a StepReport can be joined with another one only, not with {type(other).__name__}")
-        return StepReport(self.loads + other.loads, self.saves + other.saves)
+        return StepReport(self.loads + other.loads, self.saves + other.saves, self.links + other.links)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from kvstore_s3.connectors.vllm.health import StoreHealth
@@ -31,6 +31,10 @@ class SaveBudget:
     def give_back(self, size: int) -> None:
         self._taken -= size
 
+    @property
+    def taken(self) -> int:
+        return self._taken
+
 
 class Saver:
     """Carries out saves, one after the other: `KVStore.save` encodes and uploads the chunks of one in parallel."""
@@ -46,32 +50,33 @@ class Saver:
 
     async def save(self, order: SaveOrder, kv: torch.Tensor) -> None:
         """Save `kv`, the order's tokens; `on_end` is called in any case, once, with the bytes that `kv` held."""
-        stored = False
+        report = SaveReport(order.save_id, stored=False)
         try:
             async with self._turn:
-                stored = await self._try_save(order, kv)
+                report = await self._try_save(order, kv)
         finally:
-            self._on_end(SaveReport(order.save_id, stored), kv.nbytes)
+            self._on_end(report, kv.nbytes)
 
-    async def _try_save(self, order: SaveOrder, kv: torch.Tensor) -> bool:
+    async def _try_save(self, order: SaveOrder, kv: torch.Tensor) -> SaveReport:
+        not_stored = SaveReport(order.save_id, stored=False)
         if not self._health.available:
             self._tally.add("kvstore_saves_shed")
-            return False
-        prompt = np.frombuffer(order.prompt, dtype="<u4")
+            return not_stored
+        begun = time.monotonic()
         try:
             # What lies before may have been loaded, also by a request that left its blocks in the engine's cache.
-            quality = self._kv.quality.name if order.tokens.begin else "lossless"
-            saved = await self._kv.save(
-                prompt, kv, salt=order.salt, first_token=order.tokens.begin, prefix_quality=quality
-            )
+            quality = (self._kv.settings.lowest_profile or self._kv.quality.name) if order.tokens.begin else "lossless"
+            saved = await self._kv.save_keys(order.keys, kv, first_token=order.tokens.begin, prefix_quality=quality)
         except StoreBusyError:  # writes are put off while reads go on
             self._tally.add("kvstore_saves_shed")
-            return False
+            return not_stored
         except KVStoreError as error:
             self._tally.add("kvstore_saves_failed")
             self._health.report(error)
-            return False
+            return not_stored
         self._tally.add("kvstore_saves")
-        self._tally.add("kvstore_tokens_saved", saved.chunks_new * self._kv.namespace.chunk_tokens)
+        self._tally.observe("kvstore_save_seconds", time.monotonic() - begun)
+        tokens = saved.chunks_new * self._kv.namespace.chunk_tokens
+        self._tally.add("kvstore_tokens_saved", tokens)
         self._tally.add("kvstore_bytes_saved", saved.bytes)
-        return True
+        return SaveReport(order.save_id, stored=True, new_tokens=tokens, new_bytes=saved.bytes)

@@ -2,108 +2,124 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
+import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore_s3.connectors.vllm.health import StoreHealth, log, result_or_none
-from kvstore_s3.connectors.vllm.messages import ChunkPlace, LoadOrder, LoadReport, SaveOrder, StepOrders, StepReport
+from kvstore_s3.connectors.vllm.admission import UNLIKELY, Admission
+from kvstore_s3.connectors.vllm.asking import Asking
+from kvstore_s3.connectors.vllm.costs import PrefillMeter
+from kvstore_s3.connectors.vllm.events import EventLog
+from kvstore_s3.connectors.vllm.health import StoreHealth, log
+from kvstore_s3.connectors.vllm.loading import LoadsUnderWay, LoadUnderWay
+from kvstore_s3.connectors.vllm.lookups import Lookups
+from kvstore_s3.connectors.vllm.measures import outcome_of
+from kvstore_s3.connectors.vllm.messages import LoadOrder, StepOrders, StepReport
 from kvstore_s3.connectors.vllm.options import Options
-from kvstore_s3.connectors.vllm.plans import TokenRange, floor_to, plan_load, plan_save, spanned_blocks
-from kvstore_s3.connectors.vllm.refusals import ineligible_reason
+from kvstore_s3.connectors.vllm.plans import TokenRange, floor_to, plan_load, spanned_blocks
+from kvstore_s3.connectors.vllm.porter import Porter
+from kvstore_s3.connectors.vllm.refusals import REQUEST_REASONS, ineligible_reason
+from kvstore_s3.connectors.vllm.requests import RequestState, Role, spans_of
+from kvstore_s3.connectors.vllm.saving import SaveOrders
 from kvstore_s3.connectors.vllm.stats import Tally
-from kvstore_s3.errors import KVStoreError, StoreUnavailableError
-from kvstore_s3.hashing import TokenArray, as_token_array, chunk_keys, root_key
-from kvstore_s3.runtime import SyncKVStore
-from kvstore_s3.store import Hit
+from kvstore_s3.streaming import Pace
 
 if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from kvstore_s3.store import KVStore
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the store said about a prompt: the hit, and the keys of all its whole chunks."""
-
-    hit: Hit
-    keys: Sequence[bytes]
-
-
-@dataclass(slots=True)
-class RequestState:
-    """One request that may be loaded or saved. `stored` tokens are in the store; None until that is known."""
-
-    prompt: TokenArray
-    salt: str | None
-    preemptions: int = 0
-    lookup: concurrent.futures.Future[Answer | None] | None = None
-    asked_at: float = 0.0
-    answer: Answer | None = None
-    may_load: bool = True
-    offered: TokenRange | None = None
-    stored: int | None = None
+_LOADING_WAIT_S = 0.002
+"""How long a step that computes nothing waits for a load to end. vLLM would spin, and take the cores from decoding."""
+_LOOKUP_WAIT_S = 0.0005
+"""The same where only answers are waited for, which come to another process than the one that waits."""
 
 
 class SchedulerSide:
-    """All methods but the coroutines run on the scheduler's thread; it only starts lookups and reads their answers."""
+    """All methods run on the scheduler's thread; it only starts lookups and reads their answers."""
 
     def __init__(
         self,
-        store: SyncKVStore,
+        kv: KVStore,
+        porter: Porter,
+        lookups: Lookups,
         health: StoreHealth,
         options: Options,
         tally: Tally,
-        *,
-        block_tokens: int,
-        loads: bool,
-        saves: bool,
+        role: Role,
+        meter: PrefillMeter,
+        admission: Admission,
+        events: EventLog | None,
     ) -> None:
-        self._kv = store.kv
-        self._runtime = store.runtime
-        self._health = health
         self._options = options
         self._tally = tally
-        self._block_tokens = block_tokens
-        self._loads = loads
-        self._saves = saves
+        self._role = role
+        self._meter = meter
+        self._admission = admission
+        self._events = events
+        self._layers = kv.namespace.layout.layers
+        self._chunk_tokens = kv.namespace.chunk_tokens
+        self._unknown_quality = "lossless" if kv.quality.name == "lossless" else "unknown"
         self._requests: dict[str, RequestState] = {}
-        self._loading: set[str] = set()
-        self._new_loads: list[LoadOrder] = []
-        self._save_ids = itertools.count()
-        self._saving: dict[int, tuple[bytes, ...]] = {}
-        self._keys_in_flight: set[bytes] = set()
-        self._bad_until: dict[bytes, float] = {}
-        self._reasons_told: set[str] = set()
+        self._loads = LoadsUnderWay(role.ranks, lifetime_s=kv.settings.verdict_lifetime_s)
+        self._saves = SaveOrders(role, admission, health, tally, events, chunk_tokens=self._chunk_tokens)
+        self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
+        self._epoch = 0
+        self._epoch_key = b""
+        self._told: set[str] = set()
 
     def add_request(self, request: Request) -> None:
-        """Start the lookup of a new request, unless its KV is not named by its tokens."""
-        reason = ineligible_reason(request)
+        """Start the lookup of a new request, unless its KV is not named by its tokens or it is not worth the while."""
+        loads = self._role.loads
+        reason = ineligible_reason(request, adapters=True)
         if reason is not None:
             self._tell_once(reason)
-        elif request.num_prompt_tokens >= self._options.chunk_tokens:
-            state = RequestState(as_token_array(request.prompt_token_ids), request.cache_salt)
-            self._requests[request.request_id] = state
-            self._start_lookup(state)
+        elif not (loads or self._role.saves):
+            reason = "off"
+        if reason is not None:
+            self._skip(reason)
+            return
+        state = RequestState.of(request, time.monotonic(), epoch=self._epoch_key, loads=loads)
+        if state.tokens < self._chunk_tokens:
+            self._skip("short")
+            return
+        if not (state.follow or state.wanted):
+            reason = self._admission.may_look_up(state.tokens)
+            state.patient = reason != UNLIKELY
+            if reason not in (None, UNLIKELY):
+                log.debug("%s", self._admission.explain())
+                self._skip(reason)
+                return
+        self._requests[request.request_id] = state
+        self._asking.start(state)
 
     def count_matched_tokens(self, request: Request, computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond `computed` the store can give, and whether they come between steps.
 
-        (None, False) while the store has not answered; the scheduler then asks again.
+        (None, False) while the store has not answered, or the same tokens are being loaded for another request, whose
+        blocks this one will then share; the scheduler asks again.
         """
         state = self._requests.get(request.request_id)
-        if state is None or not self._loads or not state.may_load or request.skip_reading_prefix_cache:
+        if state is None or not self._role.loads or not state.may_load:
             return 0, False
         if request.num_preemptions != state.preemptions:  # its blocks are gone; what was saved since may help
             state.preemptions = request.num_preemptions
-            self._start_lookup(state)
-        if self._is_waiting(state):
+            self._asking.start(state)
+        if self._asking.is_waiting(state):
             return None, False
-        state.offered = plan_load(self._usable_tokens(state), computed, block_tokens=self._block_tokens)
-        return (state.offered.end - state.offered.begin, True) if state.offered else (0, False)
+        state.local = computed
+        state.offered = self._plan_load(state, request, computed)
+        if state.offered is None or state.answer is None:
+            return 0, False
+        first = state.offered.begin // self._chunk_tokens
+        if self._role.caches_prefixes and self._loads.is_coming(state.answer.keys[first]):
+            self._tally.add("kvstore_loads_shared", 0 if state.shares else 1)
+            state.shares = True
+            return None, False
+        return state.offered.end - state.offered.begin, not self._by_layer(state)
 
     def order_load(self, request: Request, block_ids: Sequence[int], external: int) -> None:
         """The engine has allocated `block_ids`, the request's from the first on, and wants `external` tokens."""
@@ -112,149 +128,170 @@ class SchedulerSide:
         state = self._requests[request.request_id]
         if state.answer is None or state.offered is None or external != state.offered.end - state.offered.begin:
             raise RuntimeError(f"vLLM asks for {external} tokens; {state.offered} was offered")
-        tokens, chunk_tokens = state.offered, self._options.chunk_tokens
-        first_chunk = tokens.begin // chunk_tokens
-        chunks = state.answer.hit.cut(floor_to(tokens.end + chunk_tokens - 1, chunk_tokens)).chunks[first_chunk:]
-        self._new_loads.append(
-            LoadOrder(
-                request_id=request.request_id,
-                tokens=tokens,
-                block_ids=spanned_blocks(tokens, block_ids, block_tokens=self._block_tokens),
-                first_token=first_chunk * chunk_tokens,
-                places=tuple(ChunkPlace.of(chunk) for chunk in chunks),
-            )
+        tokens, hit = state.offered, state.answer.hit
+        first, end = self._chunks_of(tokens)
+        order = LoadOrder(
+            request_id=request.request_id,
+            tokens=tokens,
+            block_ids=spanned_blocks(tokens, block_ids, block_tokens=self._role.block_tokens),
+            first_token=first * self._chunk_tokens,
+            keys=tuple(state.answer.keys[first:end]),
+            places=() if hit is None else tuple(chunk.place() for chunk in hit.chunks[first:end]),
+            pace=self._pace(state, tokens, time.monotonic()),
+            by_layer=self._by_layer(state),
+            follow=state.follow,
         )
-        self._loading.add(request.request_id)
+        self._loads.add(order)
         self._tally.add("kvstore_loads")
 
     def build_orders(self, output: SchedulerOutput) -> StepOrders:
         """What the worker is to do in this step."""
-        loads, self._new_loads = tuple(self._new_loads), []
-        saves = tuple(self._order_saves(output)) if self._saves else ()
-        waiting = bool(self._loading) or any(state.lookup is not None for state in self._requests.values())
-        return StepOrders(loads, saves, idle=waiting and not output.total_num_scheduled_tokens)
+        spans = list(spans_of(output))
+        loads = self._loads.take_orders()
+        prefills = [span for _, span in spans if span.end - span.begin > 1]
+        by_layer = any(order.by_layer for order in loads)
+        self._meter.begin_step(time.monotonic(), prefills, len(spans) - len(prefills), measured=not by_layer)
+        saves = []
+        for request_id, span in spans if self._role.saves else ():
+            state = self._requests.get(request_id)
+            if state is not None and not self._asking.is_waiting(state):
+                save = self._saves.order(request_id, state, span.end, output)
+                if save is not None:
+                    saves.append(save)
+        idle_s = 0.0
+        if not output.total_num_scheduled_tokens:
+            asked = any(state.lookup is not None for state in self._requests.values())
+            idle_s = _LOADING_WAIT_S if self._loads.any else _LOOKUP_WAIT_S if asked else 0.0
+        return StepOrders(loads, tuple(saves), idle_s, self._epoch)
+
+    def end_step(self) -> list[KVCacheEvent]:
+        """The engine has the results of a step; what there is to tell whoever follows its cache."""
+        self._meter.end_step(time.monotonic())
+        return self._events.take() if self._events is not None else []
 
     def take_report(self, report: StepReport) -> None:
-        """Learn what the worker finished."""
+        """Learn what the worker, or the ranks, finished."""
+        for link in report.links:
+            self._admission.note_link(link.bytes_per_s, link.latency_s)
         for load in report.loads:
-            self._loading.discard(load.request_id)
-            if load.good < load.ordered:
-                self._note_failed_load(load)
+            ended = self._loads.note(load)
+            if ended is not None:
+                self._note_load(ended)
         for save in report.saves:
-            keys = self._saving.pop(save.save_id)
-            self._keys_in_flight.difference_update(keys)
-            if save.stored:
-                for key in keys:
-                    self._bad_until.pop(key, None)
+            self._loads.mend(self._saves.note(save))
 
-    def drop_request(self, request_id: str) -> None:
-        """The request has ended. What it saves goes on; a load under way is the worker's to end."""
+    def drop_request(self, request_id: str) -> dict[str, Any] | None:
+        """The request has ended; what to tell its client. What it saves goes on; a load is the worker's to end."""
         state = self._requests.pop(request_id, None)
-        if state is not None and state.lookup is not None:
-            state.lookup.cancel()
-
-    def turn_off(self) -> None:
-        """Neither look up nor save from now on."""
-        self._loads = self._saves = False
-
-    def _start_lookup(self, state: RequestState) -> None:
-        state.answer = state.stored = None
-        if not (self._loads or self._saves) or not self._health.available:
-            state.lookup = None
-            return
-        self._tally.add("kvstore_lookups")
-        state.asked_at = time.monotonic()
-        state.lookup = self._runtime.submit(self._look_up(state.prompt, state.salt))
-
-    async def _look_up(self, prompt: TokenArray, salt: str | None) -> Answer | None:
-        try:
-            hit = await self._kv.lookup(prompt, salt=salt)
-        except KVStoreError as error:
-            self._tally.add("kvstore_lookups_failed")
-            self._health.report(error)
+        if state is None:
             return None
-        root = root_key(self._kv.namespace.digest, salt)
-        return Answer(hit, chunk_keys(root, prompt, self._options.chunk_tokens))
+        unanswered = state.lookup is not None and state.reason == "absent"
+        self._asking.stop(state)
+        quality = self._quality(state)
+        self._tally.add("kvstore_requests", label=state.outcome)
+        self._tally.add("kvstore_requests_quality", label=quality)
+        if state.outcome == "miss":
+            self._tally.add("kvstore_misses", label="aborted" if unanswered else state.reason)
+        if not state.loaded:
+            return None
+        return {"kvstore_s3": {"loaded_tokens": state.loaded, "quality": quality}}
 
-    def _is_waiting(self, state: RequestState) -> bool:
-        """Take the answer if it is there. True while there is none and it is worth waiting."""
-        if state.lookup is None:
-            return False
-        if state.lookup.done():
-            state.answer = result_or_none(state.lookup)
-            state.lookup = None
-            state.stored = self._usable_tokens(state) if state.answer else None
-            return False
-        if state.may_load and time.monotonic() - state.asked_at > self._options.lookup_deadline_s:
-            state.may_load = False  # the answer may still come, and then tells what is to be saved
-            self._tally.add("kvstore_lookups_failed")
-            late = StoreUnavailableError(f"a lookup took longer than {self._options.lookup_deadline_s} s")
-            self._runtime.submit(self._health.report_soon(late))
-        return state.may_load
+    def start_epoch(self) -> None:
+        """What the engine computes from now on is another model's: nothing older is loaded, nothing mixed is saved."""
+        self._epoch += 1
+        self._epoch_key = secrets.token_bytes(16)  # another engine's reset may be to other weights
+        for state in self._requests.values():
+            state.may_load = state.may_save = False
+            state.reason = "reset"
+            self._asking.stop(state)
 
-    def _usable_tokens(self, state: RequestState) -> int:
-        """Tokens of the hit, up to the first chunk that lately failed to load."""
+    def measure(self) -> None:
+        """Bring this half's gauges up to date."""
+        if self._meter.tokens_per_s is not None:
+            self._tally.set("kvstore_prefill_tokens_per_s", round(self._meter.tokens_per_s, 1))
+
+    def _plan_load(self, state: RequestState, request: Request, computed: int) -> TokenRange | None:
         if state.answer is None:
-            return 0
-        chunks, now = len(state.answer.hit.chunks), time.monotonic()
-        bad = (i for i in range(chunks) if self._bad_until.get(state.answer.keys[i], 0.0) > now)
-        return next(bad, chunks) * self._options.chunk_tokens
+            return None
+        usable = floor_to(state.tokens, self._chunk_tokens) if state.follow else self._asking.usable_tokens(state)
+        if self._by_layer(state):
+            usable = min(usable, request.num_tokens - 1)  # the step needs a token to compute
+        tokens = plan_load(usable, computed, block_tokens=self._role.block_tokens)
+        if tokens is None:
+            state.reason = "local" if usable else state.reason
+            return None
+        if state.answer.hit is None:
+            return tokens
+        first, end = self._chunks_of(tokens)
+        size = sum(chunk.size for chunk in state.answer.hit.chunks[first:end])
+        reason = self._admission.may_load(computed, tokens.end, state.tokens, size, self._role.has_tiers)
+        if reason is None:
+            return tokens
+        state.reason = reason
+        log.debug("%s", self._admission.explain())
+        return None
 
-    def _order_saves(self, output: SchedulerOutput) -> Iterator[SaveOrder]:
-        for request_id, before in _computed_before(output):
-            state = self._requests.get(request_id)
-            if state is None or self._is_waiting(state) or state.answer is None or state.stored is None:
-                continue
-            tokens = plan_save(
-                state.stored,
-                before + output.num_scheduled_tokens[request_id],
-                len(state.prompt),
-                chunk_tokens=self._options.chunk_tokens,
-                keys=state.answer.keys,
-                in_flight=self._keys_in_flight,
+    def _chunks_of(self, tokens: TokenRange) -> tuple[int, int]:
+        """Numbers of the chunks that hold `tokens`, half open."""
+        return tokens.begin // self._chunk_tokens, -(-tokens.end // self._chunk_tokens)
+
+    def _by_layer(self, state: RequestState) -> bool:
+        return self._options.load_mode == "by-layer" and not state.follow
+
+    def _pace(self, state: RequestState, tokens: TokenRange, now: float) -> Pace | None:
+        speed = self._meter.speed
+        if speed is None:
+            return None
+        deadline_s = self._options.first_token_deadline_s
+        if deadline_s is not None:
+            deadline_s = max(0.0, deadline_s - (now - state.arrived))
+        per_layer = speed.seconds(tokens.end, state.tokens) / self._layers if self._by_layer(state) else 0.0
+        spent_s = 0.0 if state.waiting_since is None else now - state.waiting_since
+        return Pace(speed, state.tokens, deadline_s, per_layer, spent_s=min(spent_s, state.limit_s))
+
+    def _note_load(self, load: LoadUnderWay) -> None:
+        """A load has ended on all ranks. Never offer the same failing hit again at once."""
+        order, good, now = load.order, load.good, time.monotonic()
+        tokens, whole = order.tokens, load.good == order.tokens.end
+        if good > tokens.begin:
+            self._tally.observe("kvstore_load_seconds", load.seconds)
+            saved_s = (self._meter.seconds(tokens.begin, good) or 0.0) - load.seconds
+            self._tally.add("kvstore_time_saved_seconds", max(0.0, saved_s))
+        if not order.follow and (whole or load.reason == "late"):
+            self._admission.note_load(
+                tokens.begin, good, sum(place.size for place in order.places), load.seconds, near=load.near
             )
-            state.stored = tokens.end
-            if tokens.begin < tokens.end and self._health.available:
-                yield self._order_save(request_id, state, state.answer, tokens, output)
-
-    def _order_save(
-        self, request_id: str, state: RequestState, answer: Answer, tokens: TokenRange, output: SchedulerOutput
-    ) -> SaveOrder:
-        chunk_tokens = self._options.chunk_tokens
-        keys = tuple(answer.keys[tokens.begin // chunk_tokens : tokens.end // chunk_tokens])
-        save_id = next(self._save_ids)
-        self._saving[save_id] = keys
-        self._keys_in_flight.update(keys)
-        block_ids = output.kv_connector_block_state.resolve_block_ids(request_id)[0]
-        return SaveOrder(
-            save_id=save_id,
-            request_id=request_id,
-            tokens=tokens,
-            block_ids=spanned_blocks(tokens, block_ids, block_tokens=self._block_tokens),
-            prompt=state.prompt[: tokens.end].tobytes(),
-            salt=state.salt,
-        )
-
-    def _note_failed_load(self, load: LoadReport) -> None:
-        """Never offer the same failing hit again at once: not to this request, and to others only after a while."""
-        state = self._requests.get(load.request_id)
-        if state is None or state.answer is None:
+        if not whole and load.lost:
+            key = order.keys[(good - order.first_token) // self._chunk_tokens]
+            self._loads.avoid(key, now)
+            if self._events is not None and load.reason == "damaged":
+                self._events.removed([key])
+        state = self._requests.get(order.request_id)
+        if state is None:
             return
-        chunk, now = load.good // self._options.chunk_tokens, time.monotonic()
-        self._bad_until = {key: until for key, until in self._bad_until.items() if until > now}
-        self._bad_until[state.answer.keys[chunk]] = now + self._kv.settings.verdict_lifetime_s
-        state.may_load = False
-        state.stored = chunk * self._options.chunk_tokens  # what is computed again mends the store
+        state.loaded = good - tokens.begin
+        complete = floor_to(floor_to(state.tokens - order.by_layer, self._chunk_tokens), self._role.block_tokens)
+        state.outcome = outcome_of(state.loaded, complete - tokens.begin)
+        state.may_load = whole and not order.follow
+        self._tally.observe("kvstore_added_wait_seconds", now - state.asked_at)
+        if not whole:
+            state.reason = load.reason or "given-up"
+            if load.lost or order.follow:
+                state.stored = floor_to(good, self._chunk_tokens)  # what is computed again mends the store
+
+    def _quality(self, state: RequestState) -> str:
+        """The worst quality of the KV that a request was answered with; "unknown" where nobody looked."""
+        if state.answer is None:
+            return self._unknown_quality if state.local else "lossless"
+        used = max(state.local, state.offered.end if state.offered is not None and state.loaded else 0)
+        return self._loads.quality_of(state.answer.keys[: -(-used // self._chunk_tokens)])
+
+    def _skip(self, reason: str) -> None:
+        self._tally.add("kvstore_requests", label="skipped")
+        self._tally.add("kvstore_requests_quality", label=self._unknown_quality)
+        self._tally.add("kvstore_misses", label=reason)
 
     def _tell_once(self, reason: str) -> None:
-        if reason not in self._reasons_told:
-            self._reasons_told.add(reason)
-            log.info("requests with %s are neither saved to nor loaded from the KV store", reason)
-
-
-def _computed_before(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
-    """Each scheduled request with the tokens that were in its blocks before this step."""
-    for new in output.scheduled_new_reqs:
-        yield new.req_id, new.num_computed_tokens
-    cached: Any = output.scheduled_cached_reqs
-    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+        if reason not in self._told:
+            self._told.add(reason)
+            log.info("requests with %s are neither saved to nor loaded from the KV store", REQUEST_REASONS[reason])

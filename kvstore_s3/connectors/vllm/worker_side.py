@@ -1,16 +1,28 @@
-"""The half in the worker's process: moves KV between the engine's blocks and the store, between the steps."""
+"""The half in a worker's process: moves KV between the engine's blocks and the store, beside the steps."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
+import torch
+from vllm.model_executor.models.utils import extract_layer_index
+
+from kvstore_s3.connectors.vllm.following import Follower
 from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none
-from kvstore_s3.connectors.vllm.loads import Loader, LoadResult
-from kvstore_s3.connectors.vllm.messages import LoadReport, SaveOrder, SaveReport, StepOrders, StepReport
+from kvstore_s3.connectors.vllm.loads import LayerGate, Loader, LoadUnderWay
+from kvstore_s3.connectors.vllm.messages import (
+    LinkReport,
+    LoadOrder,
+    LoadReport,
+    SaveOrder,
+    SaveReport,
+    StepOrders,
+    StepReport,
+)
 from kvstore_s3.connectors.vllm.options import Options
 from kvstore_s3.connectors.vllm.paged import PagedCache
 from kvstore_s3.connectors.vllm.plans import failed_blocks
@@ -18,33 +30,46 @@ from kvstore_s3.connectors.vllm.saves import SaveBudget, Saver
 from kvstore_s3.connectors.vllm.stats import Tally
 from kvstore_s3.runtime import SyncKVStore
 
-if TYPE_CHECKING:
-    import torch
-
-_IDLE_WAIT_S = 0.002
-"""How long a step that computes nothing waits for a load to end. vLLM would spin, and take the cores from decoding."""
-
 
 class WorkerSide:
-    """All methods run on the worker's thread; results come over from the event loop under a lock."""
+    """All methods run on the worker's thread; results come over from the event loop under a lock.
+
+    `writes` is False for a rank whose heads another one has too, and saves.
+    """
 
     def __init__(
-        self, store: SyncKVStore, health: StoreHealth, options: Options, tally: Tally, *, block_tokens: int
+        self,
+        store: SyncKVStore,
+        health: StoreHealth,
+        options: Options,
+        tally: Tally,
+        *,
+        block_tokens: int,
+        model_dtype: torch.dtype,
+        writes: bool = True,
     ) -> None:
         self._store = store
         self._health = health
         self._options = options
         self._tally = tally
         self._block_tokens = block_tokens
+        self._model_dtype = model_dtype
+        self._writes = writes
+        layout, shard = store.namespace.layout, store.kv.shard
+        self._bytes_per_token = 2 * shard.layers * shard.heads * layout.head_dim * layout.itemsize
         self._budget = SaveBudget(options.save_memory_bytes)
         self._saver = Saver(store.kv, health, tally, on_end=self._note_save)
         self._writer = ThreadPoolExecutor(1, "kvstore-s3-pages")
         self._under_way: set[concurrent.futures.Future[None]] = set()
-        self._loading: set[str] = set()
+        self._loads: dict[str, LoadUnderWay] = {}
         self._broken: set[str] = set()
+        self._epoch = 0
+        self._step: StepOrders | None = None
+        self._pages_ready = threading.Event()
+        self._gates: list[LayerGate] = []
         self._lock = threading.Lock()
         self._load_ended = threading.Event()
-        self._ended_loads: list[LoadResult] = []
+        self._ended_loads: list[LoadUnderWay] = []
         self._ended_saves: list[tuple[SaveReport, int]] = []
         self._failed_blocks: set[int] = set()
         self._load_reports: list[LoadReport] = []
@@ -52,26 +77,57 @@ class WorkerSide:
 
     def adopt(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Take over vLLM's KV caches. Raises `UnsupportedModelError` where their pages are not understood."""
-        layout = self._store.namespace.layout
-        self._cache = PagedCache.adopt(caches, layout, self._block_tokens)
+        kv = self._store.kv
+        self._cache = PagedCache.adopt(
+            caches, kv.namespace.layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
+        )
         self._loader = Loader(
-            self._store.kv,
+            kv,
             self._cache,
             self._health,
             self._writer,
+            Follower(kv),
             deadline_s=self._options.load_deadline_s,
+            stall_s=self._options.follow_stall_s,
             on_end=self._note_load,
         )
 
-    def start_loads(self, orders: StepOrders) -> None:
+    def begin_step(self, orders: StepOrders) -> None:
+        """Start the loads of a step; those between steps run while it computes. Pages are not written yet."""
+        if orders is self._step:
+            return
+        self._step = orders
+        self._pages_ready.set()  # for whoever began in a step that never computed
+        self._pages_ready = threading.Event()
+        if orders.epoch != self._epoch:
+            self._epoch = orders.epoch
+            self._drop_loads()
         for order in orders.loads:
-            self._loading.add(order.request_id)
-            self._track(self._store.runtime.submit(self._loader.load(order)))
+            self._start_load(order)
+
+    def let_write(self, orders: StepOrders) -> None:
+        """The engine has prepared its pages for this step: what is loaded may be written."""
+        self.begin_step(orders)
+        self._pages_ready.set()
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Wait until the loads that this step needs have written the layer, or ended."""
+        self._pages_ready.set()
+        if self._gates:
+            layer = extract_layer_index(layer_name)
+            for gate in self._gates:
+                gate.wait(layer)
 
     def start_saves(self, orders: StepOrders) -> None:
         """Copy what is to be saved out of the blocks now, while they surely hold it; the rest happens later."""
+        for gate in self._gates:
+            gate.wait_for_end()
+        self._gates.clear()
         for order in orders.saves:
-            size = self._store.namespace.layout.bytes_per_token * (order.tokens.end - order.tokens.begin)
+            if not self._writes:
+                self._save_reports.append(SaveReport(order.save_id, stored=True))
+                continue
+            size = self._bytes_per_token * (order.tokens.end - order.tokens.begin)
             if not self._may_save(order, size):
                 self._broken.add(order.request_id)
                 self._tally.add("kvstore_saves_shed")
@@ -80,13 +136,13 @@ class WorkerSide:
             kv = self._cache.read(order.tokens, order.block_ids)
             self._track(self._store.runtime.submit(self._saver.save(order, kv)))
 
-    def take_ended_loads(self, finished: set[str], *, idle: bool) -> set[str]:
-        """Requests whose load has ended, well or not. `finished` requests are gone: their loads are cut short."""
-        for request_id in finished & self._loading:
-            self._store.runtime.submit(self._loader.abort(request_id))
+    def take_ended_loads(self, finished: set[str], *, idle_s: float) -> set[str]:
+        """Requests whose load between steps has ended, well or not. `finished` requests are gone: theirs are cut."""
+        for request_id in finished & self._loads.keys():
+            self._store.runtime.submit(self._loader.revoke(self._loads[request_id]))
         self._broken -= finished
-        if idle:
-            self._load_ended.wait(_IDLE_WAIT_S)
+        if idle_s:
+            self._load_ended.wait(idle_s)
         with self._lock:
             self._load_ended.clear()
             loads, self._ended_loads = self._ended_loads, []
@@ -94,7 +150,9 @@ class WorkerSide:
         for report, size in saves:
             self._budget.give_back(size)
             self._save_reports.append(report)
-        return {self._settle(load) for load in loads}
+        for load in loads:
+            self._settle(load)
+        return {load.order.request_id for load in loads if not load.order.by_layer}
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks of ended loads that were not filled; the engine computes them."""
@@ -105,17 +163,38 @@ class WorkerSide:
         """What the scheduler half has to know about ended loads and saves."""
         if not self._load_reports and not self._save_reports:
             return None
-        report = StepReport(tuple(self._load_reports), tuple(self._save_reports))
+        stats = self._store.kv.stats()
+        link = LinkReport(stats.get("link_bytes_per_s"), stats.get("link_latency_s", 0.0))
+        report = StepReport(tuple(self._load_reports), tuple(self._save_reports), (link,))
         self._load_reports, self._save_reports = [], []
         return report
 
+    def measure(self) -> None:
+        """Bring this half's gauges up to date."""
+        self._tally.set("kvstore_save_queue_bytes", self._budget.taken)
+
     def flush(self) -> None:
         """Wait for what is under way, at most `flush_s`; what is not done then is cancelled when the store closes."""
+        self._pages_ready.set()
         concurrent.futures.wait(set(self._under_way), timeout=self._options.flush_s)
 
     def close(self) -> None:
         """Release the thread that writes blocks. To be called when the store is closed."""
         self._writer.shutdown()
+
+    def _start_load(self, order: LoadOrder) -> None:
+        gate = LayerGate()
+        load = LoadUnderWay(order, self._pages_ready, gate, order.tokens.begin)
+        self._loads[order.request_id] = load
+        if order.by_layer:
+            self._gates.append(gate)
+        self._track(self._store.runtime.submit(self._loader.load(load)))
+
+    def _drop_loads(self) -> None:
+        """What is being loaded is of weights that the engine has no more; nor is what has arrived just now."""
+        for load in self._loads.values():
+            self._store.runtime.submit(self._loader.revoke(load))
+            load.revoked = True
 
     def _may_save(self, order: SaveOrder, size: int) -> bool:
         """A chunk is of no use without those before it, so a request that lost one saves no more."""
@@ -129,19 +208,20 @@ class WorkerSide:
         self._under_way.discard(future)
         result_or_none(future)
 
-    def _settle(self, load: LoadResult) -> str:
-        order = load.order
-        self._loading.discard(order.request_id)
-        self._failed_blocks |= failed_blocks(order.tokens, load.good, order.block_ids, block_tokens=self._block_tokens)
-        self._tally.add("kvstore_tokens_loaded", load.good - order.tokens.begin)
-        if load.good < order.tokens.end:
-            self._tally.add("kvstore_loads_failed")
-        self._load_reports.append(LoadReport(order.request_id, load.good, order.tokens.end))
-        return order.request_id
+    def _settle(self, load: LoadUnderWay) -> None:
+        order, report = load.order, load.report(time.monotonic())
+        del self._loads[order.request_id]
+        self._failed_blocks |= failed_blocks(
+            order.tokens, report.good, order.block_ids, block_tokens=self._block_tokens
+        )
+        self._tally.add("kvstore_tokens_loaded", report.good - order.tokens.begin, label=report.quality)
+        if report.good < order.tokens.end:
+            self._tally.add("kvstore_loads_failed", label=report.reason or "given-up")
+        self._load_reports.append(report)
 
-    def _note_load(self, result: LoadResult) -> None:
+    def _note_load(self, load: LoadUnderWay) -> None:
         with self._lock:
-            self._ended_loads.append(result)
+            self._ended_loads.append(load)
             self._load_ended.set()
 
     def _note_save(self, report: SaveReport, size: int) -> None:

@@ -69,7 +69,7 @@ def run_engine(llama: Path) -> RunEngine:
         **engine: Any,
     ) -> EngineRun:
         if store is not None:
-            engine["kv_transfer_config"] = transfer_config({"store": store, **(extra or {})})
+            engine["kv_transfer_config"] = transfer_config({"store": store, "admission": "always", **(extra or {})})
         engine = {"model": str(model or llama), "max_model_len": 2048, **engine}
         work = {"engine": engine, "scenario": scenario, "rounds": rounds, "max_tokens": max_tokens, **(job or {})}
         ran = subprocess.run(

@@ -1,0 +1,112 @@
+"""Lookups as the scheduler's thread sees them: started, waited for as long as it pays, answered."""
+
+from __future__ import annotations
+
+import time
+
+from kvstore_s3.connectors.vllm.admission import UNLIKELY, Admission
+from kvstore_s3.connectors.vllm.health import StoreHealth, late, result_or_none
+from kvstore_s3.connectors.vllm.loading import LoadsUnderWay
+from kvstore_s3.connectors.vllm.lookups import Answer, Lookups
+from kvstore_s3.connectors.vllm.options import Options
+from kvstore_s3.connectors.vllm.plans import floor_to
+from kvstore_s3.connectors.vllm.porter import Porter
+from kvstore_s3.connectors.vllm.requests import RequestState
+from kvstore_s3.connectors.vllm.sights import Sights
+from kvstore_s3.connectors.vllm.stats import Tally
+
+
+class Asking:
+    """Keeps the lookup of each request. For the scheduler's thread, which it never makes wait."""
+
+    def __init__(
+        self,
+        porter: Porter,
+        lookups: Lookups,
+        health: StoreHealth,
+        options: Options,
+        tally: Tally,
+        admission: Admission,
+        loads: LoadsUnderWay,
+    ) -> None:
+        self._porter = porter
+        self._lookups = lookups
+        self._health = health
+        self._options = options
+        self._tally = tally
+        self._admission = admission
+        self._loads = loads
+        self._chunk_tokens = options.chunk_tokens
+        self._sights = Sights()
+
+    def start(self, state: RequestState) -> None:
+        """Ask the store about a request's prompt, unless it is out."""
+        state.answer = state.stored = state.waiting_since = None
+        if not self._health.available:
+            state.lookup, state.reason = None, "store-out"
+            return
+        state.asked_at = time.monotonic()
+        state.limit_s = self._admission.patience_s(0, state.tokens, self._options.lookup_deadline_s)
+        self._tally.add("kvstore_lookups", 0 if state.follow else 1)
+        prompt, names_only = state.prompt, state.follow
+        state.lookup = self._porter.submit(lambda: self._lookups.ask(prompt, names_only=names_only))
+
+    def stop(self, state: RequestState) -> None:
+        """The answer is not needed any more."""
+        if state.lookup is not None:
+            self._porter.cancel(state.lookup)
+            state.lookup = None
+
+    def is_waiting(self, state: RequestState) -> bool:
+        """Take the answer if it is there. True while there is none and it is worth waiting."""
+        if state.lookup is None:
+            return False
+        now = time.monotonic()
+        if state.lookup.future is not None and state.lookup.done():
+            self._take_answer(state, result_or_none(state.lookup.future), now)
+            return False
+        if state.may_load:
+            state.waiting_since = now if state.waiting_since is None else state.waiting_since
+            if not state.patient or now - state.waiting_since > state.limit_s:
+                state.may_load = False  # the answer may still come, and then tells what is to be saved
+                state.reason = "late" if state.patient else UNLIKELY
+                if state.patient:
+                    self._tally.add("kvstore_lookups_failed")
+                    self._tally.observe("kvstore_added_wait_seconds", now - state.waiting_since)
+                    self._admission.note_lookup(now - state.waiting_since)
+        if now - state.asked_at > self._options.lookup_deadline_s and self._health.available:
+            error = late("lookup", self._options.lookup_deadline_s)
+            self._porter.submit(lambda: self._health.report_soon(error))
+        return state.may_load
+
+    def _take_answer(self, state: RequestState, answer: Answer | None, now: float) -> None:
+        state.lookup = None
+        if answer is None:
+            return
+        if answer.reason is not None:
+            state.reason = answer.reason
+            self._tally.add("kvstore_lookups_failed")
+            return
+        state.answer = answer
+        if state.seen is None:
+            state.seen = self._sights.note(answer.keys) * self._chunk_tokens
+        if answer.hit is None:  # another engine is on it
+            state.stored = floor_to(state.tokens, self._chunk_tokens)
+            return
+        state.stored = self.usable_tokens(state)
+        self._tally.observe("kvstore_lookup_seconds", answer.seconds)
+        waited = 0.0 if state.waiting_since is None else now - state.waiting_since
+        if state.may_load or not state.patient:  # else it was noted when it was late
+            size = sum(chunk.size for chunk in answer.hit.chunks)
+            self._admission.note_lookup(
+                waited if state.may_load else None, hit_tokens=answer.hit.tokens, hit_bytes=size
+            )
+        if state.may_load and not answer.hit:
+            self._tally.observe("kvstore_added_wait_seconds", waited)
+
+    def usable_tokens(self, state: RequestState) -> int:
+        """Tokens of the hit, up to the first chunk that lately failed to load."""
+        if state.answer is None or state.answer.hit is None:
+            return 0
+        keys = state.answer.keys[: len(state.answer.hit.chunks)]
+        return self._loads.count_good(keys, time.monotonic()) * self._chunk_tokens

@@ -1,0 +1,107 @@
+"""Loads that the scheduler's half has ordered, until every rank has reported; and chunks that failed lately. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvstore_s3.connectors.vllm.messages import LoadOrder, LoadReport
+from kvstore_s3.quality import worst_quality
+
+LOST = {"damaged", "late", "store-out"}
+"""Reasons for which the chunk where a load was cut is not to be offered again at once."""
+
+
+@dataclass(slots=True)
+class LoadUnderWay:
+    """One order, and what the ranks that have reported say together: the fewest tokens, the worst quality."""
+
+    order: LoadOrder
+    ranks_left: int
+    good: int
+    reason: str | None = None
+    quality: str = "lossless"
+    seconds: float = 0.0
+    near: bool = True
+
+    @property
+    def lost(self) -> bool:
+        return self.reason in LOST
+
+
+_MOST_LOSSY = 1 << 16
+"""Chunks of which it is remembered that the engine holds them at a lower quality."""
+
+
+class LoadsUnderWay:
+    """Loads by request, and by the keys of the chunks that they bring."""
+
+    def __init__(self, ranks: int, *, lifetime_s: float) -> None:
+        self._ranks = ranks
+        self._lifetime_s = lifetime_s
+        self._new: list[LoadOrder] = []
+        self._loads: dict[str, LoadUnderWay] = {}
+        self._coming: dict[bytes, str] = {}
+        self._bad_until: dict[bytes, float] = {}
+        self._lossy: dict[bytes, str] = {}
+
+    @property
+    def any(self) -> bool:
+        return bool(self._loads)
+
+    def add(self, order: LoadOrder) -> None:
+        self._new.append(order)
+        self._loads[order.request_id] = LoadUnderWay(order, self._ranks, order.tokens.end)
+        for key in order.keys:
+            self._coming.setdefault(key, order.request_id)
+
+    def take_orders(self) -> tuple[LoadOrder, ...]:
+        """Orders since the last call."""
+        orders, self._new = tuple(self._new), []
+        return orders
+
+    def is_coming(self, key: bytes) -> bool:
+        """Whether a load under way brings this chunk."""
+        return key in self._coming
+
+    def note(self, report: LoadReport) -> LoadUnderWay | None:
+        """One rank's load has ended. The load, once all of them have."""
+        load = self._loads[report.request_id]
+        load.ranks_left -= 1
+        if report.good < load.good or load.reason is None:
+            load.reason = report.reason
+        load.good = min(load.good, report.good)
+        load.quality = worst_quality((load.quality, report.quality))
+        load.seconds = max(load.seconds, report.seconds)
+        load.near &= report.near
+        if load.ranks_left:
+            return None
+        del self._loads[report.request_id]
+        for key in load.order.keys:
+            if self._coming.get(key) == report.request_id:
+                del self._coming[key]
+            if load.quality != "lossless":
+                self._lossy[key] = worst_quality((load.quality, self._lossy.pop(key, "lossless")))
+        while len(self._lossy) > _MOST_LOSSY:
+            del self._lossy[next(iter(self._lossy))]
+        return load
+
+    def quality_of(self, keys: Iterable[bytes]) -> str:
+        """The worst quality at which the engine may hold these chunks, or what it computed from them."""
+        return worst_quality(tuple(self._lossy.get(key, "lossless") for key in keys) or ("lossless",))
+
+    def avoid(self, key: bytes, now: float) -> None:
+        """Do not count the chunk as stored for a while."""
+        self._bad_until = {key: until for key, until in self._bad_until.items() if until > now}
+        self._bad_until[key] = now + self._lifetime_s
+
+    def mend(self, keys: Iterable[bytes]) -> None:
+        """These chunks were written anew."""
+        for key in keys:
+            self._bad_until.pop(key, None)
+
+    def count_good(self, keys: Sequence[bytes], now: float) -> int:
+        """How many of `keys`, from the first on, are not to be avoided."""
+        if not self._bad_until:
+            return len(keys)
+        return next((i for i, key in enumerate(keys) if self._bad_until.get(key, 0.0) > now), len(keys))
