@@ -29,14 +29,12 @@ _DRAFTS_WITHOUT_KV = ("ngram", "suffix")
 """Ways to guess tokens that look at token ids alone."""
 
 REQUEST_REASONS = {
-    "lora-unknown": "the content of its LoRA adapter is not known for sure",
-    "multimodal": "it has images or other inputs beside its tokens",
-    "embeds": "it comes as embeddings instead of tokens",
-    "in-parts": "its prompt arrives in parts",
-    "pooling": "it asks for a pooled output, for which every token is computed",
-    "no-prefix-cache": "it asks to skip the prefix cache, as one for log-probabilities of its prompt does",
+    "lora-unknown": "a LoRA adapter whose content is not known for sure",
+    "multimodal": "images or other inputs beside tokens",
+    "embeds": "prompt embeddings",
+    "other-input": "a prompt in parts, a pooled output or log-probabilities of the prompt",
 }
-"""Why single requests are left alone: label of the metric, and what it says."""
+"""Why single requests are left alone: label of the metric, and what such a request comes with."""
 
 _WEIGHTS_AS_STORED = ("auto", "hf", "safetensors", "pt", "npcache", "fastsafetensors", "runai_streamer")
 """Load formats that give the model the weights that lie in its directory, which the namespace's digest covers."""
@@ -90,12 +88,8 @@ def ineligible_reason(request: Request, *, adapters: bool = False) -> str | None
         return "multimodal"
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "embeds"
-    if request.resumable:
-        return "in-parts"
-    if request.pooling_params is not None:
-        return "pooling"
-    if request.skip_reading_prefix_cache:
-        return "no-prefix-cache"
+    if request.resumable or request.pooling_params is not None or request.skip_reading_prefix_cache:
+        return "other-input"
     return None
 
 

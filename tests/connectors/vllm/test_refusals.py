@@ -154,9 +154,9 @@ def test_weights_quantised_on_loading_are_another_namespace(config: Any, monkeyp
         ({"mm_features": [object()]}, "multimodal"),
         ({"prompt_token_ids": None}, "embeds"),
         ({"prompt_embeds": object()}, "embeds"),
-        ({"resumable": True}, "in-parts"),
-        ({"pooling_params": object()}, "pooling"),
-        ({"skip_reading_prefix_cache": True}, "no-prefix-cache"),
+        ({"resumable": True}, "other-input"),
+        ({"pooling_params": object()}, "other-input"),
+        ({"skip_reading_prefix_cache": True}, "other-input"),
         ({}, None),
     ],
 )
