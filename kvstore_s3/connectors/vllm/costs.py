@@ -6,7 +6,6 @@ Time comes as an argument. Objects here are for one thread, the scheduler's; cal
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections import deque
@@ -42,7 +41,8 @@ _RIDGE = 0.003
 apart is the first one's."""
 
 _SURE = 2.0
-"""Standard errors by which a position term must be above zero: it is used far beyond the positions it was seen at."""
+"""Standard errors by which a coefficient behind the first must differ from what was known before to be believed: the
+one of positions is used far beyond those it was seen at."""
 
 _MOST_UNENDED = 16
 """Steps under way at once. More means that ends were not told, and the oldest are forgotten."""
@@ -58,9 +58,10 @@ Floats = NDArray[np.float64]
 class LinearFit:
     """`seconds = features @ coefficients`, no coefficient below zero, from the last `WINDOW` samples.
 
-    Least absolute relative residuals (iteratively reweighted least squares): half of the samples may be far off without
-    moving it. The first feature is the one that counts; the others are as `known` until there are `ENOUGH` samples, and
-    zero where these do not tell them apart.
+    Least absolute residuals relative to what was expected (iteratively reweighted least squares): many samples may be
+    far off without moving it. Not relative to what was measured: fast samples would then count for more than slow ones.
+    The first feature is the one that counts. The others are as `known` until there are `ENOUGH` samples, and later as
+    far as these allow it: between two standard errors below and above what was found.
     """
 
     def __init__(self, known: Sequence[float], *, window: int = WINDOW) -> None:
@@ -89,35 +90,15 @@ class LinearFit:
             rates = np.sort(np.maximum(seconds - features[:, 1:] @ self._known[1:], 0.0) / features[:, 0])
             self.coefficients[0] = rates[(len(rates) - 1) // 2]  # of two the faster: what goes wrong is slow
             return
-        self.coefficients = _solve(features, seconds, self._weights(features, seconds))
-
-    def fit_rest(self, fixed: int, coefficient: float) -> None:
-        """Fit the other coefficients, with that of feature `fixed` (the last) given."""
-        features, seconds = self.window()
-        weights = self._weights(features, seconds)
-        rest = seconds - coefficient * features[:, fixed]
-        self.coefficients[:fixed] = _solve(features[:, :fixed], rest, weights)
-        self.coefficients[fixed] = coefficient
-
-    def _weights(self, features: Floats, seconds: Floats) -> Floats:
-        """With these, squares of residuals become absolute residuals relative to the last fit.
-
-        Not to what was measured: fast samples would then count for more than slow ones.
-        """
         fitted = np.maximum(features @ self.coefficients, _TINY_S)
-        weights: Floats = 1 / (np.maximum(np.abs(fitted - seconds), _NO_NOISE * fitted) * fitted)
-        return weights
-
-    def standard_error(self, feature: int) -> float:
-        """Of its coefficient, from the scatter of the samples."""
-        features, seconds = self.window()
-        fitted = np.maximum(features @ self.coefficients, _TINY_S)
-        relative = features / fitted[:, None]
-        off = np.sort(np.abs(seconds / fitted - 1))
-        scatter = _TO_SIGMA * off[len(off) // 2]
-        products = relative.T @ relative
-        products.flat[:: len(products) + 1] *= 1 + _RIDGE
-        return float(scatter) * math.sqrt(np.linalg.inv(products)[feature, feature])
+        off = np.abs(seconds / fitted - 1)
+        features, seconds = features / fitted[:, None], seconds / fitted
+        weighted = features / np.maximum(off, _NO_NOISE)[:, None]  # makes squares of residuals absolute ones
+        found = _solve(weighted.T @ features, weighted.T @ seconds)
+        doubt = _SURE * _standard_errors(features, off)[1:]
+        rest = np.minimum(np.maximum(self._known[1:], found[1:] - doubt), found[1:] + doubt)
+        each = weighted[:, 0] @ (seconds - features[:, 1:] @ rest) / (weighted[:, 0] @ features[:, 0])
+        self.coefficients[0], self.coefficients[1:] = max(float(each), 0.0), rest
 
     def window(self) -> tuple[Floats, Floats]:
         """Features [samples, features] and seconds [samples] of the samples that are remembered."""
@@ -125,21 +106,31 @@ class LinearFit:
         return self._features[:count], self._seconds[:count]
 
 
-def _solve(features: Floats, seconds: Floats, weights: Floats) -> Floats:
-    """Weighted least squares with no coefficient below zero: the most negative one is set to zero, one by one."""
-    weighted = features * weights[:, None]
-    products, targets = weighted.T @ features, weighted.T @ seconds
-    products.flat[:: len(products) + 1] *= 1 + _RIDGE
-    products[0, 0] /= 1 + _RIDGE
+def _solve(products: Floats, targets: Floats) -> Floats:
+    """Least squares with no coefficient below zero: the most negative one is set to zero, one by one."""
+    _add_ridge(products)
     solution: Floats = np.asarray(np.linalg.solve(products, targets), dtype=np.float64)
-    if solution.min() >= 0:
-        return solution
     free = list(range(len(products)))
-    while len(free) > 1 and solution[free].min() < 0:
+    while len(free) > 1 and solution.min() < 0:
         del free[int(np.argmin(solution[free]))]
         solution = np.zeros(len(products))
         solution[free] = np.linalg.solve(products[np.ix_(free, free)], targets[free])
     return solution.clip(min=0.0)
+
+
+def _standard_errors(features: Floats, off: Floats) -> Floats:
+    """Of the coefficients, from how far `off` the samples are, in units of what was expected."""
+    products = features.T @ features
+    _add_ridge(products)
+    scatter = _TO_SIGMA * np.sort(off)[len(off) // 2]
+    errors: Floats = scatter * np.sqrt(np.diagonal(np.linalg.inv(products)))
+    return errors
+
+
+def _add_ridge(products: Floats) -> None:
+    first = products[0, 0]
+    products.flat[:: len(products) + 1] *= 1 + _RIDGE
+    products[0, 0] = first
 
 
 @dataclass(slots=True)
@@ -217,19 +208,9 @@ class PrefillMeter:
 
     def _learn(self) -> None:
         self._fit.fit()
-        attention = float(self._fit.coefficients[2])
-        if self._fit.samples >= ENOUGH:
-            attention = self._sure_attention(attention)
-            self._fit.fit_rest(2, attention)
-        each = float(self._fit.coefficients[0])
+        each, _, attention = map(float, self._fit.coefficients)
         if each > 0:
             self._measured = PrefillSpeed(each, attention)
-
-    def _sure_attention(self, found: float) -> float:
-        """Seconds for each position before a token: what was known before, as far as what was found allows it."""
-        before = self._prior.seconds_per_token_position if self._prior else 0.0
-        doubt = _SURE * self._fit.standard_error(2)
-        return min(max(before, found - doubt), found + doubt)
 
 
 def speed_file(cache_dir: Path, *parts: object) -> Path:

@@ -72,12 +72,20 @@ def test_speed_and_the_growth_of_attention_are_found_exactly_without_noise():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_noise_and_outliers_leave_the_prediction_within_a_fifth(seed: int):
+def test_noise_and_outliers_leave_the_prediction_within_a_quarter(seed: int):
     meter = PrefillMeter()
     mixed_work(Engine(meter, noise=0.1, outliers=0.1, seed=seed))
     for prompt in (1800, 9000):
         exact = EACH * prompt + POSITION * prompt * prompt / 2
-        assert meter.seconds(0, prompt) == pytest.approx(exact, rel=0.2)
+        assert meter.seconds(0, prompt) == pytest.approx(exact, rel=0.25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_on_a_machine_that_others_use_it_is_the_median_that_counts_and_not_the_fastest(seed: int):
+    meter = PrefillMeter()
+    mixed_work(Engine(meter, noise=1.0, seed=seed))
+    exact = step_seconds(0, 1800)
+    assert exact / 2 < meter.seconds(0, 1800) < exact * 2
 
 
 def test_a_slow_first_step_is_forgiven_with_the_second():
@@ -201,7 +209,7 @@ def test_a_fit_finds_a_fixed_part_beside_the_rate():
         fit.fit()
     for _ in range(20):
         fit.fit()
-    assert fit.coefficients == pytest.approx([1e-9, 0.005], rel=0.02)
+    assert fit.coefficients == pytest.approx([1e-9, 0.005], rel=0.05)
 
 
 def test_a_speed_is_remembered_for_the_next_engine(tmp_path: Path):
