@@ -19,7 +19,14 @@ from vllm_serving import VllmServer, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.server, pytest.mark.timeout(600)]
 
-FLAG = json.dumps({"kv_connector": "KVStoreS3Connector", "kv_role": "kv_both"})
+FLAG = json.dumps(
+    {
+        "kv_connector": "KVStoreS3Connector",
+        "kv_role": "kv_both",
+        # A model this small computes a prompt about as fast as a store answers; nobody would wait for it.
+        "kv_connector_extra_config": {"admission": "always"},
+    }
+)
 PATIENCE = ("--shutdown-timeout", "30")
 """Without it, vLLM kills its engine when it is told to stop, and saves under way are lost."""
 CHUNK = 256
