@@ -25,6 +25,7 @@ from kvstore_s3.cli.progress import WorkProgress
 from kvstore_s3.cli.verify import decode_sections, expect_identity, read_header, verify_sections
 from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
+from kvstore_s3.shards import marker_key
 from kvstore_s3.transfer.buffers import SlabPool
 
 if TYPE_CHECKING:
@@ -45,12 +46,16 @@ class Damage:
 
 @dataclass(slots=True)
 class Findings:
-    """What a check has found so far. `lacking` are objects that nobody can decode: their calibration is not there."""
+    """What a check has found so far. `lacking` are objects that nobody can decode: their calibration is not there.
+
+    `unmarked` are missing markers of shards: other partitions do not look for these.
+    """
 
     objects: int = 0
     bytes: int = 0
     calibrations: int = 0
     lacking: list[str] = field(default_factory=list)
+    unmarked: list[str] = field(default_factory=list)
     vanished: int = 0
     unverifiable: int = 0
     damaged: list[Damage] = field(default_factory=list)
@@ -168,6 +173,7 @@ async def _list_chunks(
 
 def _check_namespaces(namespaces: dict[str, NamespaceTotals], findings: Findings) -> None:
     for totals in namespaces.values():
+        findings.unmarked += [marker_key(totals.hex, shard) for shard in totals.unmarked]
         if totals.problem is not None:
             damage = Damage(f"{totals.hex}/{NAMESPACE_JSON}", "NAMESPACE", totals.problem)
             findings.damaged.append(damage)
@@ -228,12 +234,14 @@ def _report(
         "deleted": findings.deleted,
         "calibrations": findings.calibrations,
         "lacking_calibration": findings.lacking,
+        "missing_markers": findings.unmarked,
         "unverifiable": findings.unverifiable,
         "vanished": findings.vanished,
         "foreign": foreign,
         "seconds": round(seconds, 3),
     }
-    exit_code = exits.DAMAGED if findings.damaged else exits.SOME_FAILED if findings.lacking else exits.DONE
+    some = findings.lacking or findings.unmarked
+    exit_code = exits.DAMAGED if findings.damaged else exits.SOME_FAILED if some else exits.DONE
     return Report(data, list(_describe(findings, len(namespaces), foreign, seconds)), exit_code)
 
 
@@ -257,6 +265,9 @@ def _describe(findings: Findings, namespaces: int, foreign: int, seconds: float)
             f"{count_noun(len(findings.lacking), 'object')} coded with a calibration that is not there: misses until "
             "it is back; check --delete removes them"
         )
+    lines += [
+        f"missing  {key}: other ranks do not find its objects; the next save puts it" for key in findings.unmarked
+    ]
     if findings.unverifiable:
         lines.append(f"{count_noun(findings.unverifiable, 'object')} without a namespace.json to verify against")
     if foreign:

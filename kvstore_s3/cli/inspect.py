@@ -123,6 +123,7 @@ def summarise(totals: NamespaceTotals) -> dict[str, Any]:
         "chunk_tokens": namespace and namespace.chunk_tokens,
         "objects": totals.objects,
         "chunks": len(totals.chunks),
+        "incomplete_chunks": totals.incomplete,
         "tokens": totals.tokens,
         "bytes": totals.size,
         "bits_per_value": totals.bits_per_value and round(totals.bits_per_value, 3),
@@ -172,7 +173,9 @@ async def _sample_headers(objects: ObjectStore, totals: NamespaceTotals) -> _Sam
     sample = _Sample()
     if totals.namespace is None:
         return sample
-    names = islice(((key, shard) for key in sorted(totals.chunks) for shard in totals.shards), SAMPLE_OBJECTS)
+    names = islice(
+        ((key, shard) for key in sorted(totals.chunks) for shard in sorted(totals.chunks[key], key=str)), SAMPLE_OBJECTS
+    )
     for key, shard in names:
         object_key = f"{totals.hex}/{key.hex()}/{shard.name}"
         name = parse_name(object_key)
@@ -206,6 +209,7 @@ def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample, curr
         **summarise(totals),
         "identity": None if namespace is None else _identity(namespace),
         "shards": {shard.name: count for shard, count in totals.shards.items()},
+        "unmarked_shards": [shard.name for shard in totals.unmarked],
         "sampled_headers": sample.headers,
         "sampled_damaged": sample.damaged,
         "sections_by_codec": dict(sample.codecs),
@@ -238,6 +242,8 @@ def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample, curr
         f"size          {format_bytes(totals.size)}, {_format_bits(totals.bits_per_value)} bits a value",
         f"codecs        {codecs or '-'} ({count_noun(sample.headers, 'header')} read)",
     ]
+    if len(totals.shards) > 1 or totals.incomplete:
+        lines += _describe_shards(totals)
     if set(sample.profiles) - {"lossless"}:
         lines += _describe_lossy(sample)
     for digest, size in sorted(totals.calibrations.items()):
@@ -246,6 +252,16 @@ def _describe_namespace(url: str, totals: NamespaceTotals, sample: _Sample, curr
     if sample.damaged:
         lines.append(f"damaged       {count_noun(sample.damaged, 'header')} of those read; run check")
     return Report(data, lines)
+
+
+def _describe_shards(totals: NamespaceTotals) -> list[str]:
+    counts = ", ".join(f"{shard.name} of {count:,}" for shard, count in sorted(totals.shards.items(), key=str))
+    lines = [f"shards        {counts} chunks"]
+    if totals.incomplete:
+        lines.append(
+            f"incomplete    {count_noun(totals.incomplete, 'chunk')} without some layers or heads of the model"
+        )
+    return lines
 
 
 def _describe_lossy(sample: _Sample) -> list[str]:

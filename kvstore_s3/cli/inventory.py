@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kvstore_s3.calibrations import CALIBRATION_FOLDER, CALIBRATION_JSON
 from kvstore_s3.cli.options import require_store
+from kvstore_s3.covers import cut_cover
 from kvstore_s3.errors import DamagedObjectError, InvalidArgumentError, ObjectNotFoundError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import MAX_JSON_BYTES, Namespace
 from kvstore_s3.objectstore.base import ObjectInfo, ObjectStore
 from kvstore_s3.objectstore.open import open_store
+from kvstore_s3.shards import SHARD_FOLDER
 
 if TYPE_CHECKING:
     from kvstore_s3.config import Settings
@@ -29,7 +33,8 @@ _ARTEFACT = re.compile(r"([0-9a-f]{64})\.safetensors", re.ASCII)
 class ObjectName:
     """An object key taken apart: that of a chunk has `key` and `shard`, that of a calibration its digest.
 
-    A namespace's JSON documents have none of them; `names_calibration` is one of these, calibration.json.
+    A namespace's JSON documents have none of them; `names_calibration` is one of these, calibration.json. `marker` is
+    the shard that a marker tells of.
     """
 
     namespace: str
@@ -37,6 +42,7 @@ class ObjectName:
     shard: Shard | None = None
     calibration: bytes | None = None
     names_calibration: bool = False
+    marker: Shard | None = None
 
     @property
     def is_chunk(self) -> bool:
@@ -47,7 +53,8 @@ class ObjectName:
 class NamespaceTotals:
     """What a listing says about one namespace. `values` counts KV values, 0 as long as the layout is unknown.
 
-    `calibrations` maps the digests of its artefacts to their bytes; `size` does not count these.
+    `chunks` has the shards of each chunk, `markers` those that markers tell readers of. `calibrations` maps the digests
+    of its artefacts to their bytes; `size` does not count these.
     """
 
     hex: str
@@ -56,14 +63,31 @@ class NamespaceTotals:
     objects: int = 0
     size: int = 0
     values: int = 0
-    chunks: set[bytes] = field(default_factory=set)
+    chunks: dict[bytes, frozenset[Shard]] = field(default_factory=dict)
     shards: dict[Shard, int] = field(default_factory=dict)
+    markers: set[Shard] = field(default_factory=set)
     calibrations: dict[bytes, int] = field(default_factory=dict)
     names_calibration: bool = False
 
     @property
     def tokens(self) -> int | None:
         return None if self.namespace is None else len(self.chunks) * self.namespace.chunk_tokens
+
+    @property
+    def incomplete(self) -> int:
+        """How many chunks lack a part of the model: other ranks' saves were cut off, or have not come yet."""
+        if self.namespace is None:
+            return 0
+        full = self.namespace.layout.full_shard
+        parted = Counter(shards for shards in self.chunks.values() if full not in shards)
+        return sum(count for shards, count in parted.items() if cut_cover(full, sorted(shards, key=str)) is None)
+
+    @property
+    def unmarked(self) -> list[Shard]:
+        """Shards of objects that other partitions do not find, as their marker is not there."""
+        if self.namespace is None:
+            return []
+        return [shard for shard in self.shards if shard not in {*self.markers, self.namespace.layout.full_shard}]
 
     @property
     def bits_per_value(self) -> float | None:
@@ -93,9 +117,13 @@ def parse_name(object_key: str) -> ObjectName | None:
     if len(rest) == 2 and rest[0] == CALIBRATION_FOLDER:
         artefact = _ARTEFACT.fullmatch(rest[1])
         return ObjectName(namespace, calibration=bytes.fromhex(artefact[1])) if artefact else None
-    if len(rest) != 2 or _DIGEST.fullmatch(rest[0]) is None:
+    if len(rest) != 2:
         return None
     try:
+        if rest[0] == SHARD_FOLDER:
+            return ObjectName(namespace, marker=Shard.parse(rest[1]))
+        if _DIGEST.fullmatch(rest[0]) is None:
+            return None
         return ObjectName(namespace, bytes.fromhex(rest[0]), Shard.parse(rest[1]))
     except InvalidArgumentError:
         return None
@@ -176,12 +204,20 @@ def _count(totals: NamespaceTotals, name: ObjectName, info: ObjectInfo) -> None:
     totals.names_calibration |= name.names_calibration
     if name.calibration is not None:
         totals.calibrations[name.calibration] = info.size
+    if name.marker is not None:
+        totals.markers.add(name.marker)
     if name.key is None or name.shard is None:
         return
     totals.objects += 1
     totals.size += info.size
-    totals.chunks.add(name.key)
+    totals.chunks[name.key] = _add_shard(totals.chunks.get(name.key, frozenset()), name.shard)
     totals.shards[name.shard] = totals.shards.get(name.shard, 0) + 1
     if totals.namespace is not None and fits_layout(name.shard, totals.namespace):
         per_head = totals.namespace.chunk_tokens * totals.namespace.layout.head_dim
         totals.values += name.shard.layers * 2 * name.shard.heads * per_head
+
+
+@lru_cache(maxsize=4096)
+def _add_shard(shards: frozenset[Shard], shard: Shard) -> frozenset[Shard]:
+    """Cached, so that all chunks of the same shards share one set."""
+    return shards | {shard}
