@@ -17,21 +17,23 @@ SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Bucket limits in seconds of what moves a prompt's KV."""
 
 OUTCOMES = ("hit", "partial", "miss", "skipped")
+ENDS = ("late", "damaged", "store-out", "given-up", "aborted", "stalled")
 MISSES = (
     "absent",
+    "local",
     "short",
     "not-worth-it",
-    "store-out",
-    "late",
-    "failed",
+    "unlikely",
+    *ENDS,
+    "reset",
     "lora-unknown",
     "multimodal",
     "embeds",
     "other-input",
     "off",
 )
-ENDS = ("late", "damaged", "store-out", "given-up", "aborted", "no-memory", "stalled")
-NOT_SAVED = ("short", "not-worth-it", "first-sight", "store-out", "busy", "no-memory", "gap", "off")
+NOT_SAVED = ("short", "not-worth-it", "first-sight", "store-out")
+ANSWERS = (*QUALITIES, "unknown")
 TIERS = ("host", "nvme", "store")
 
 
@@ -77,7 +79,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "kvstore_requests_quality": _counter(
             "Finished requests by the worst quality of KV that they rest on; lossless: nothing lossy was loaded.",
             "quality",
-            QUALITIES,
+            ANSWERS,
         ),
         "kvstore_time_saved_seconds": _counter(
             "Prefill time that loads saved: what computing the tokens would have taken, less what loading them took."

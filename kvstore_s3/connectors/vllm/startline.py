@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kvstore_s3.config import Settings
 
+_MiB = 1 << 20
 _GiB = 1 << 30
 
 
@@ -46,7 +47,11 @@ def describe(
 def _describe_tiers(settings: Settings) -> str:
     tiers = []
     if settings.host_tier_bytes:
-        tiers.append(f"host {settings.host_tier_bytes / _GiB:.4g} GiB")
+        tiers.append(f"host {_describe_bytes(settings.host_tier_bytes)}")
     if settings.nvme_tier_dir is not None:
-        tiers.append(f"NVMe {settings.nvme_tier_dir} {settings.nvme_tier_bytes / _GiB:.4g} GiB")
+        tiers.append(f"NVMe {settings.nvme_tier_dir} {_describe_bytes(settings.nvme_tier_bytes)}")
     return " and ".join(tiers) or "none"
+
+
+def _describe_bytes(size: int) -> str:
+    return f"{size / _GiB:.4g} GiB" if size >= _GiB else f"{size / _MiB:.4g} MiB"
