@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from kvstore_s3.connectors.vllm.following import LOOK_CHUNKS, MOST_LOOK_CHUNKS, 
 from kvstore_s3.errors import InvalidArgumentError, StoreUnavailableError
 from kvstore_s3.hashing import chunk_keys, root_key
 from kvstore_s3.hits import Hit
+from kvstore_s3.layout import Shard
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.planner import PrefillSpeed
 from kvstore_s3.section_index import SectionTable
@@ -278,3 +279,26 @@ async def test_another_engine_s_chunks_are_loaded_while_later_ones_still_come():
 async def save_after(later: object, writer: KVStore, tokens: list[int], kv: torch.Tensor) -> None:
     end, _ = await later  # type: ignore[misc]
     await writer.save(tokens[:end], kv[:, :, end - SIZE : end], first_token=end - SIZE)
+
+
+async def test_chunks_that_two_ranks_write_are_followed_by_an_engine_of_one():
+    tokens = list(range(3 * SIZE))
+    kv = torch.randn(2, 2, len(tokens), 2, 16).to(torch.bfloat16)
+    ranks = [Shard(0, 2, head, head + 1) for head in (0, 1)]
+    url = "memory://following-ranks"
+    async with AsyncExitStack() as stack:
+        stores = [KVStore.open(url, NAMESPACE, Settings(), shard=shard) for shard in ranks]
+        writers = [await stack.enter_async_context(store) for store in stores]
+        reader = await stack.enter_async_context(KVStore.open(url, NAMESPACE, Settings()))
+        for writer, head in zip(writers, (0, 1), strict=True):
+            await writer.save(tokens[:SIZE], kv[:, :, :SIZE, head : head + 1])
+        pieces: list[torch.Tensor] = []
+        follow = Follower(reader).follow(prompt_keys(3), chunk_tokens=SIZE, stall_s=20.0)
+        async with aclosing(follow) as hits:
+            async for hit in hits:
+                pieces.append(await reader.load(hit))
+                begin = sum(piece.shape[2] for piece in pieces)
+                for writer, head in zip(writers, (0, 1), strict=True):
+                    values = kv[:, :, begin : begin + SIZE, head : head + 1]
+                    await writer.save(tokens[: begin + SIZE], values, first_token=begin)
+    assert torch.equal(torch.cat(pieces, dim=2), kv)
