@@ -50,6 +50,9 @@ _MOST_UNENDED = 16
 _LEAST_TOKENS = 32
 """Steps with fewer prompt tokens tell nothing of prefill."""
 
+_LEAST_SPAN = 16
+"""Fewer tokens of a request in a step may be drafts that are verified: they count as decodes."""
+
 _MAX_FILE_BYTES = 4096
 
 Floats = NDArray[np.float64]
@@ -189,8 +192,13 @@ class PrefillMeter:
         `decodes` requests compute one token. `measured` False: the step will wait for something else, such as a load
         by layers, and its time tells nothing.
         """
-        tokens = sum(end - begin for begin, end in spans)
-        positions = sum((end - begin) * (begin + end) / 2 for begin, end in spans)
+        tokens, positions = 0, 0.0
+        for begin, end in spans:
+            if end - begin < _LEAST_SPAN:
+                decodes += end - begin
+            else:
+                tokens += end - begin
+                positions += (end - begin) * (begin + end) / 2
         worth = measured and tokens >= _LEAST_TOKENS and tokens >= decodes
         self._steps.append(_Step(now, tokens + decodes, positions, worth))
 

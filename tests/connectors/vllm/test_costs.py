@@ -154,6 +154,7 @@ def test_decoding_and_waiting_steps_tell_nothing():
     engine.step([], 64, 0.03)
     engine.step([(0, 16)], 0, 0.03)
     engine.step([(0, 100)], 200, 0.03)
+    engine.step([(5000, 5006)] * 64, 0, 0.05)  # drafts are verified
     engine.step([(0, 2000)], 0, 9.0, measured=False)
     assert meter.speed is None
 
