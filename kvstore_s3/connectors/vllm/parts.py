@@ -22,6 +22,7 @@ from kvstore_s3.connectors.vllm.requests import Role
 from kvstore_s3.connectors.vllm.scheduler_side import SchedulerSide
 from kvstore_s3.connectors.vllm.startline import describe
 from kvstore_s3.connectors.vllm.worker_side import WorkerSide
+from kvstore_s3.errors import KVStoreError
 from kvstore_s3.planner import PrefillSpeed
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
     from kvstore_s3.connectors.vllm.options import Options
     from kvstore_s3.connectors.vllm.stats import Tally
     from kvstore_s3.runtime import SyncKVStore
+    from kvstore_s3.store import KVStore
 
 _REMEMBER_EVERY_S = 60.0
+_CONNECTIONS = 8
+"""Connections that are open before the first request comes."""
 
 
 def scheduler_settings(settings: Settings, options: Options) -> Settings:
@@ -75,7 +79,7 @@ def make_scheduler_side(
     events = EventLog.of_engine(config, options.chunk_tokens)
     resources.callback(_remember, path, meter)
     store.runtime.submit(_remember_now_and_then(path, meter))
-    store.runtime.submit(health.check())
+    store.runtime.submit(_get_ready(kv, health))
     log.info(
         describe(
             store=kv.objects.url,
@@ -100,10 +104,12 @@ def make_scheduler_side(
 def make_worker_side(
     config: VllmConfig, kv_cache: KVCacheConfig, store: SyncKVStore, options: Options, tally: Tally
 ) -> WorkerSide:
+    health = StoreHealth(store.kv.objects, store.kv.settings)
     store.runtime.submit(spread_over_cores())
+    store.runtime.submit(_get_ready(store.kv, health))
     return WorkerSide(
         store,
-        StoreHealth(store.kv.objects, store.kv.settings),
+        health,
         options,
         tally,
         block_tokens=kv_cache.kv_cache_groups[0].kv_cache_spec.block_size,
@@ -127,6 +133,19 @@ async def _remember_now_and_then(path: Path, meter: PrefillMeter) -> None:
     while True:
         await asyncio.sleep(_REMEMBER_EVERY_S)
         await asyncio.to_thread(_remember, path, meter)
+
+
+async def _get_ready(kv: KVStore, health: StoreHealth) -> None:
+    """Do what the first request would wait for: make the client, find credentials, open connections."""
+    await health.check()
+    if not health.available:
+        return
+    heads = [kv.objects.head(f"{kv.namespace.hex}/namespace.json") for _ in range(_CONNECTIONS)]
+    for result in await asyncio.gather(*heads, return_exceptions=True):
+        if isinstance(result, KVStoreError):
+            health.report(result)
+        elif isinstance(result, BaseException):
+            raise result
 
 
 def _device() -> str:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from kvstore_s3.store import KVStore
 
-_LOADING_WAIT_S = 0.002
+_LOADING_WAIT_S = 0.01
 """How long a step that computes nothing waits for a load to end. vLLM would spin, and take the cores from decoding."""
 _LOOKUP_WAIT_S = 0.0005
 """The same where only answers are waited for, which come to another process than the one that waits."""
