@@ -89,7 +89,7 @@ class StoredChunk:
     @classmethod
     def join(cls, tiles: Sequence[StoredChunk]) -> StoredChunk:
         """One chunk of its objects: one at least."""
-        return replace(tiles[0], beside=tuple(tiles[1:]))
+        return replace(tiles[0], beside=tuple(tiles[1:])) if len(tiles) > 1 else tiles[0]
 
     @property
     def tiles(self) -> tuple[StoredChunk, ...]:
@@ -123,6 +123,8 @@ class StoredChunk:
 
     def moved(self, first_token: int) -> StoredChunk:
         """The chunk in another prompt of the same prefix: at the position `first_token`."""
+        if first_token == self.first_token:
+            return self
         beside = tuple(replace(tile, first_token=first_token) for tile in self.beside)
         return replace(self, first_token=first_token, beside=beside)
 
@@ -143,6 +145,25 @@ def _names_calibration(tile: StoredChunk) -> bool | None:
     if tile.header is None or tile.table.profile != PROFILES["scalable"]:
         return None
     return tile.header.calibration is not None
+
+
+def cut_chunks(shard: Shard, chunks: Sequence[StoredChunk]) -> list[list[tuple[int, Shard]]]:
+    """For each chunk, the pieces of `shard` with the number of the object that each is read from."""
+    known: dict[tuple[Shard, ...], list[tuple[int, Shard]]] = {}
+    cut = []
+    for chunk in chunks:
+        tiles = tuple(tile.identity.shard for tile in chunk.tiles)
+        if tiles not in known:
+            known[tiles] = cut_cover(shard, tiles) or []
+        cut.append(known[tiles])
+    return cut
+
+
+def part_of(values: Bits, part: Shard, whole: Shard) -> Bits:
+    """The rectangle `part` of `values` [layers, 2, tokens, heads, dim], which are those of `whole`."""
+    layers = slice(part.layer_begin - whole.layer_begin, part.layer_end - whole.layer_begin)
+    heads = slice(part.head_begin - whole.head_begin, part.head_end - whole.head_begin)
+    return values[layers, :, :, heads]
 
 
 def decode_band(

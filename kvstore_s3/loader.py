@@ -16,12 +16,13 @@ from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk
 from kvstore_s3.metrics import Count
 from kvstore_s3.objectstore.base import ObjectStore
+from kvstore_s3.pace import Pace
 from kvstore_s3.quality import Quality
 from kvstore_s3.reader import Reader
 from kvstore_s3.recycling import Recycler
 from kvstore_s3.section_index import SectionTable
 from kvstore_s3.shared_link import SharedLink
-from kvstore_s3.streaming import Pace, Stream
+from kvstore_s3.streaming import Stream
 from kvstore_s3.tiers import Tiers
 from kvstore_s3.transfer.bandwidth import Bandwidth
 from kvstore_s3.transfer.buffers import SlabPool

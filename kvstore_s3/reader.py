@@ -67,6 +67,26 @@ class Reader:
         """Whether a tier will probably give these bytes of an object."""
         return self.tiers.covers(key, Extent(start, end))
 
+    def level_bytes(self, chunk: StoredChunk, shard: Shard, *, planned: bool) -> tuple[int, ...]:
+        """Stored bytes of `shard` up to each level that is read; where it matters to a plan, without what is near."""
+        levels = min(self.quality.levels, max(count_levels(tile.table) for tile in chunk.tiles))
+        sizes = [0] * levels
+        for tile in chunk.tiles:
+            wanted = [
+                section
+                for section in tile.table.sections
+                if section.level < levels
+                and section.layer_begin < shard.layer_end
+                and shard.layer_begin < section.layer_end
+            ]
+            if planned and self.is_near(tile.object_key, wanted[0].offset, wanted[-1].end):
+                continue
+            for section in wanted:
+                if not (planned and self.is_near(tile.object_key, section.offset, section.end)):
+                    for level in range(section.level, levels):
+                        sizes[level] += section.stored_length
+        return tuple(sizes)
+
     async def _read(
         self, tile: StoredChunk, wanted: Shard, levels: int, out: Bits, urgency: float, tiers: Tiers
     ) -> Header | None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore_s3.arguments import check_boundary, check_hit, check_shard, check_values
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.calibrations import Calibrations
 from kvstore_s3.codec.arithmetic import require_coder
@@ -30,10 +31,11 @@ from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
+from kvstore_s3.pace import Pace
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
 from kvstore_s3.saving import Saver
 from kvstore_s3.shards import KnownShards
-from kvstore_s3.streaming import Pace, Stream
+from kvstore_s3.streaming import Stream
 
 __all__ = ["ChunkPlace", "Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
 
@@ -71,7 +73,7 @@ class KVStore:
         self.objects = objects
         self.quality = find_quality(settings.profile)
         check_dtype(self.quality, namespace.layout.dtype)
-        self.shard = _check_shard(shard, namespace)
+        self.shard = check_shard(shard, namespace)
         self.calibrations = Calibrations(objects, namespace, lifetime_s=settings.verdict_lifetime_s)
         self._probe = probe
         self._loader = Loader(
@@ -173,7 +175,7 @@ class KVStore:
 
         The first begins at position `first_token`, a chunk boundary; the hit's token 0 is that one.
         """
-        self._check_boundary(first_token)
+        check_boundary(first_token, self.namespace)
         found = await self._finder.find_all(
             [self._identity(key) for key in keys], stop_at_miss=True, thorough=thorough, first_token=first_token
         )
@@ -202,7 +204,7 @@ class KVStore:
         where computing is faster than loading the rest: that is asked where `pace` says how fast computing is. Raises
         `StoreError` where the store fails.
         """
-        self._check_hit(hit)
+        check_hit(hit, self.namespace)
         out = self._loader.empty(self.shard.layers, hit.tokens)
         tokens = 0
         async with aclosing(self._stream(hit, 0, out, pace)) as groups:
@@ -218,8 +220,8 @@ class KVStore:
         The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does,
         and `load` for what `pace` does. No group at all comes where nothing is worth loading.
         """
-        self._check_hit(hit)
-        self._check_boundary(first_token)
+        check_hit(hit, self.namespace)
+        check_boundary(first_token, self.namespace)
         async with aclosing(self._stream(hit, first_token // self.namespace.chunk_tokens, None, pace)) as groups:
             async for group in groups:
                 yield group
@@ -244,8 +246,8 @@ class KVStore:
         fails; what was written by then is whole and stays.
         """
         tokens = as_token_array(token_ids)
-        self._check_boundary(first_token)
-        self._check_values(kv)
+        check_boundary(first_token, self.namespace)
+        check_values(kv, self.namespace, self.shard)
         most = max(len(tokens) - first_token, 0)
         if kv.shape[2] > most:
             raise InvalidArgumentError(f"kv holds {kv.shape[2]} tokens, but only {most} token ids follow first_token")
@@ -257,8 +259,8 @@ class KVStore:
         self, keys: Sequence[bytes], kv: torch.Tensor, *, first_token: int = 0, prefix_quality: str = "lossless"
     ) -> Saved:
         """As `save`, by the keys of the whole chunks that `kv` has, the first of which begins at `first_token`."""
-        self._check_boundary(first_token)
-        self._check_values(kv)
+        check_boundary(first_token, self.namespace)
+        check_values(kv, self.namespace, self.shard)
         count = kv.shape[2] // self.namespace.chunk_tokens
         if len(keys) != count:
             raise InvalidArgumentError(f"kv holds {count} whole chunks, but {len(keys)} keys were given")
@@ -316,38 +318,3 @@ class KVStore:
             known = False if False in calibrated else None
             log.info("%s: lossy values are used, quality %s", self.objects.url, describe_quality(worst, known))
         return qualities, calibrated
-
-    def _check_boundary(self, first_token: int) -> None:
-        if first_token < 0 or first_token % self.namespace.chunk_tokens:
-            raise InvalidArgumentError(
-                f"first_token {first_token} is not a multiple of chunk_tokens {self.namespace.chunk_tokens}"
-            )
-
-    def _check_hit(self, hit: Hit) -> None:
-        """A hit of another store's namespace would decode to that model's KV, or into the wrong places."""
-        found = [tile.identity for chunk in hit.chunks for tile in chunk.tiles]
-        expected = [self._identity(identity.key, identity.shard) for identity in found]
-        if hit.chunk_tokens != self.namespace.chunk_tokens or found != expected:
-            raise InvalidArgumentError(
-                "this hit is of another namespace; look the tokens up in the store that loads them"
-            )
-
-    def _check_values(self, kv: torch.Tensor) -> None:
-        if not isinstance(kv, torch.Tensor) or kv.layout != torch.strided or kv.is_meta:
-            raise InvalidArgumentError(f"kv must be a dense tensor with values, not {kv!r:.80}")
-        layout, shard = self.namespace.layout, self.shard
-        expected = (shard.layers, 2, shard.heads, layout.head_dim)
-        shape = tuple(kv.shape)
-        if len(shape) != 5 or (*shape[:2], *shape[3:]) != expected:
-            wanted = f"[{shard.layers}, 2, tokens, {shard.heads}, {layout.head_dim}]"
-            whose = "this namespace's layout" if shard == layout.full_shard else f"that of rank {shard.name}"
-            raise InvalidArgumentError(f"kv has shape {list(shape)}; {whose} is {wanted}")
-        if kv.dtype != getattr(torch, layout.dtype):
-            raise InvalidArgumentError(f"kv is {kv.dtype}; this namespace holds {layout.dtype}")
-
-
-def _check_shard(shard: Shard | None, namespace: Namespace) -> Shard:
-    full = namespace.layout.full_shard
-    if shard is not None and (shard.layer_end > full.layer_end or shard.head_end > full.head_end):
-        raise InvalidArgumentError(f"shard {shard.name} lies outside the model's {full.name}")
-    return shard or full

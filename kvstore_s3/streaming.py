@@ -12,18 +12,20 @@ import torch
 
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.base import Bits
-from kvstore_s3.covers import cut_cover, meet
+from kvstore_s3.covers import meet
 from kvstore_s3.encode import view_bits
-from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.layout import Shard
-from kvstore_s3.load import LOST, StoredChunk, run_all
+from kvstore_s3.load import LOST, StoredChunk, cut_chunks, part_of, run_all
 from kvstore_s3.metrics import Count, ignore
-from kvstore_s3.planner import ChunkCost, Plan, PrefillSpeed, Replanner, plan
+from kvstore_s3.pace import Pace
+from kvstore_s3.planner import ChunkCost, Plan, Replanner, plan
 from kvstore_s3.quality import find_quality
 from kvstore_s3.reader import Reader
 from kvstore_s3.shared_link import SharedLink
 from kvstore_s3.transfer.link import urgency
-from kvstore_s3.transfer.ranges import Band, count_levels
+from kvstore_s3.transfer.ranges import Band
+
+__all__ = ["Pace", "Stream"]
 
 _BANDS_AHEAD = 1
 """Bands that are read while one is handed over."""
@@ -31,36 +33,6 @@ _REPLAN_S = 0.05
 """Most seconds between two looks at the plan of a load under way."""
 _MAY_LOSE = 0.25
 """Share of the time that computing everything takes which a load may cost beyond what it saved so far."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What a load competes with: the engine could compute the prompt instead.
-
-    `prompt_tokens` is the length of the whole prompt. With `deadline_s` (to the first token, from the start of the
-    load), levels of lossy objects are left out, down to the setting `lowest_profile`, where they would come too late.
-    `spent_s` passed before the load, such as for the lookup.
-
-    `seconds_per_layer` is for engines that compute layer by layer while the load runs: the group of layer n is needed n
-    times so long after the start. Others (0) wait for the whole: it comes as one group (or as few as the slabs allow),
-    chunk by chunk, and is given up once it has cost a quarter of the prefill more than the chunks that are there save.
-    """
-
-    prefill: PrefillSpeed
-    prompt_tokens: int
-    deadline_s: float | None = None
-    seconds_per_layer: float = 0.0
-    spent_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        seconds = (self.deadline_s or 0.0, self.seconds_per_layer, self.spent_s)
-        if self.prompt_tokens < 0 or not all(0 <= value < float("inf") for value in seconds):
-            raise InvalidArgumentError(f"tokens and seconds of a pace are finite and not negative, not {self}")
-
-    @property
-    def by_layer(self) -> bool:
-        """Whether the engine starts before all layers are there."""
-        return self.seconds_per_layer > 0
 
 
 @dataclass(slots=True)
@@ -113,11 +85,11 @@ class Stream:
         self._count = count
         self._lowest = find_quality(lowest_profile).levels if lowest_profile else reader.quality.levels
         self._shard = shard
-        self._parts = _cut_chunks(shard, self.chunks)
+        self._parts = cut_chunks(shard, self.chunks)
         self._lost: dict[int, Identity] = {}
         self._headers = [[asyncio.Event() for _ in chunk.tiles] for chunk in self.chunks]
         self._layers_read = [0] * len(self.chunks)
-        self._sizes = [_level_bytes(chunk, shard, reader, planned=pace is not None) for chunk in self.chunks]
+        self._sizes = [reader.level_bytes(chunk, shard, planned=pace is not None) for chunk in self.chunks]
         self._layers = bands[-1].layer_end - bands[0].layer_begin
         self._begun = time.monotonic()
         self._next_band = 0
@@ -198,7 +170,7 @@ class Stream:
             work = []
             for number, piece, part in parts:
                 known_before = piece.layer_begin < band.layer_begin  # an earlier band reads the header
-                out = _part_of(target, part, layers)
+                out = part_of(target, part, layers)
                 work.append(self._read_tile(index, number, part, out, urgency, wait=known_before))
             if len(work) == 1:
                 await work[0]
@@ -327,46 +299,6 @@ class Stream:
         """Seconds until the next band of this load gets its first byte."""
         band = self._groups[0].band if self._groups else self._bands[min(self._next_band, len(self._bands) - 1)]
         return self._link.wait_s(id(self), self._urgency(band))
-
-
-def _cut_chunks(shard: Shard, chunks: Sequence[StoredChunk]) -> list[list[tuple[int, Shard]]]:
-    """For each chunk, the pieces of `shard` with the number of the object that each is read from."""
-    known: dict[tuple[Shard, ...], list[tuple[int, Shard]]] = {}
-    cut = []
-    for chunk in chunks:
-        tiles = tuple(tile.identity.shard for tile in chunk.tiles)
-        if tiles not in known:
-            known[tiles] = cut_cover(shard, tiles) or []
-        cut.append(known[tiles])
-    return cut
-
-
-def _part_of(values: Bits, part: Shard, whole: Shard) -> Bits:
-    """The rectangle `part` of `values` [layers, 2, tokens, heads, dim], which are those of `whole`."""
-    layers = slice(part.layer_begin - whole.layer_begin, part.layer_end - whole.layer_begin)
-    heads = slice(part.head_begin - whole.head_begin, part.head_end - whole.head_begin)
-    return values[layers, :, :, heads]
-
-
-def _level_bytes(chunk: StoredChunk, shard: Shard, reader: Reader, *, planned: bool) -> tuple[int, ...]:
-    """Stored bytes up to each of the levels that are read; where it matters to a plan, without those that are near."""
-    levels = min(reader.quality.levels, max(count_levels(tile.table) for tile in chunk.tiles))
-    sizes = [0] * levels
-    for tile in chunk.tiles:
-        wanted = [
-            section
-            for section in tile.table.sections
-            if section.level < levels
-            and section.layer_begin < shard.layer_end
-            and shard.layer_begin < section.layer_end
-        ]
-        if planned and reader.is_near(tile.object_key, wanted[0].offset, wanted[-1].end):
-            continue
-        for section in wanted:
-            if not (planned and reader.is_near(tile.object_key, section.offset, section.end)):
-                for level in range(section.level, levels):
-                    sizes[level] += section.stored_length
-    return tuple(sizes)
 
 
 async def _cancel(groups: deque[Group]) -> None:
