@@ -55,7 +55,7 @@ LARGE = Workload(
     model={"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16},
     prompt_tokens=1024,
     singles=2,
-    batch=4,
+    batch=2,
     variants=(WITHOUT, "second sight", "default"),
 )
 """Computing takes seconds: a lookup is nothing beside it."""
@@ -86,7 +86,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Cost of the vLLM connector over prompts without any reuse.")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each engine (default: 8), after one to warm up")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each engine (default: 6), after one to warm up")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     return parser.parse_args()

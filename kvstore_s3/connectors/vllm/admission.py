@@ -34,6 +34,9 @@ MOST_CREDIT_S = 2.0
 """Seconds of waiting that can be saved up, or owed: so much is spent after a time of many hits, before it counts that
 there are none any more."""
 
+ENOUGH = 3
+"""Waits and loads from which on their cost counts as known: the first ones open connections and touch fresh memory."""
+
 _WAITS = 15
 _LOADS = 16
 _FADE = 0.9
@@ -45,7 +48,7 @@ FIRST_SIGHT = "first-sight"
 
 
 class LoadCosts:
-    """What loads from one place take, by size. Unknown again `LIFETIME_S` after the last one."""
+    """What loads from one place take, by size. Known from `ENOUGH` loads on, until `LIFETIME_S` after the last one."""
 
     def __init__(self) -> None:
         self._fit = LinearFit((0.0, 0.0), window=_LOADS)
@@ -62,7 +65,7 @@ class LoadCosts:
         self._last = now
 
     def seconds(self, size: float, now: float) -> float | None:
-        if now - self._last > LIFETIME_S:
+        if self._fit.samples < ENOUGH or now - self._last > LIFETIME_S:
             return None
         by_byte, fixed = self._fit.coefficients
         return float(fixed + size * by_byte)
@@ -191,7 +194,7 @@ class Admission:
         if waited_s is not None:
             self._waits.append(waited_s)
             self._waited_at = self._clock()
-            self._credit_s = max(self._credit_s - waited_s, -MOST_CREDIT_S)
+            self._earn(-waited_s)
         elif hit_tokens:
             load = self._load_seconds(hit_bytes, near=False) or 0.0
             self._earn(max(0.0, (self.meter.seconds(0, hit_tokens) or 0.0) - load - (self._wait_seconds() or 0.0)))
@@ -217,7 +220,7 @@ class Admission:
             self._bytes, self._tokens = self._bytes * _FADE + size, self._tokens * _FADE + tokens
 
     def _earn(self, seconds: float) -> None:
-        self._credit_s = min(self._credit_s + seconds, MOST_CREDIT_S)
+        self._credit_s = min(max(self._credit_s + seconds, -MOST_CREDIT_S), MOST_CREDIT_S)
 
     def _weigh(self, whole: int, prefill: float) -> tuple[str | None, float | None, float | None]:
         """Why a prompt whose `whole` tokens were all stored would not repay, and what loading and waiting take."""
@@ -241,7 +244,7 @@ class Admission:
 
     def _wait_seconds(self) -> float | None:
         """What a lookup makes a request wait: the median of the last ones."""
-        if self._clock() - self._waited_at > LIFETIME_S:
+        if len(self._waits) < ENOUGH or self._clock() - self._waited_at > LIFETIME_S:
             return None
         return median_low(self._waits)
 

@@ -129,7 +129,8 @@ def test_tiers_are_judged_by_their_own_times(clock: Clock):
 def test_what_the_workers_say_of_the_link_counts_until_a_load_was_measured(clock: Clock):
     store = admission(clock)
     store.note_save(256, 256 * KV_BYTES)
-    store.note_lookup(0.0)
+    for _ in range(3):
+        store.note_lookup(0.0)
     store.note_link(100e6, 0.01)
     assert store.may_look_up(4096) == NOT_WORTH_IT
     teach(store, bytes_per_s=1e9)
@@ -145,10 +146,22 @@ def test_a_verdict_against_the_store_is_tried_again_after_a_while(clock: Clock):
     store.note_link(100e6, 0.01)  # the same old news
     assert store.may_look_up(4096) is None
     assert store.may_load(0, 4096, 4200, 4096 * KV_BYTES, near=False) is None
-    store.note_lookup(0.0)
-    store.note_load(0, 4096, 4096 * KV_BYTES, 0.1, near=False)
+    for _ in range(3):
+        store.note_lookup(0.0)
+        store.note_load(0, 4096, 4096 * KV_BYTES, 0.1, near=False)
     clock.now += 1
-    assert store.may_look_up(4096) is None, "the link has become fast, and one load was enough to see it"
+    assert store.may_look_up(4096) is None, "the link has become fast"
+    assert "loading 100" in store.explain(), "and that is known"
+
+
+def test_one_slow_load_or_lookup_condemns_nothing(clock: Clock):
+    """The first of an engine opens connections and touches fresh memory."""
+    store = admission(clock)
+    store.note_save(256, 256 * KV_BYTES)
+    store.note_lookup(0.05)
+    store.note_load(0, 4096, 4096 * KV_BYTES, 5.0, near=False)
+    assert store.may_load(0, 4096, 4200, 4096 * KV_BYTES, near=False) is None
+    assert store.may_save(0, 4096, prompt_tokens=4200) == (4096, None)
 
 
 def run_without_reuse(
@@ -207,6 +220,7 @@ def test_a_store_that_was_out_for_many_requests_at_once_is_forgiven(clock: Clock
     store = admission(clock)
     for _ in range(1000):
         store.note_lookup(1.0)
+        store.note_load(0, 0, 2048 * KV_BYTES, 1.0, near=False)
     for _ in range(30):
         store.note_load(0, 2048, 2048 * KV_BYTES, 0.05, near=False)
     for _ in range(15):
