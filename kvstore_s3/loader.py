@@ -13,7 +13,7 @@ from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.config import Settings
 from kvstore_s3.layout import KVLayout, Shard
-from kvstore_s3.load import StoredChunk
+from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.metrics import Count
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.pace import Pace
@@ -22,7 +22,7 @@ from kvstore_s3.reader import Reader
 from kvstore_s3.recycling import Recycler
 from kvstore_s3.section_index import SectionTable
 from kvstore_s3.shared_link import SharedLink
-from kvstore_s3.streaming import Stream
+from kvstore_s3.streaming import Sink, Stream
 from kvstore_s3.tiers import Tiers
 from kvstore_s3.transfer.bandwidth import Bandwidth
 from kvstore_s3.transfer.buffers import SlabPool
@@ -81,8 +81,13 @@ class Loader:
         *,
         on_lost: Callable[[Identity, Exception, float], None],
         pace: Pace | None,
+        by_layer: bool = False,
+        sink: Sink | None = None,
     ) -> Stream:
-        """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory."""
+        """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory.
+
+        `by_layer`: bands are as small as they can be, for somebody begins with the first.
+        """
         shard = self._shard
         chunks = [chunk.within(shard) for chunk in chunks]
 
@@ -95,7 +100,9 @@ class Loader:
         tables = [tile.table for chunk in chunks for tile in chunk.tiles]
         # Each chunk's share of a band needs one slab, so it must fit into the pool; and the next one beside it.
         most = min(self._settings.range_bytes, self._settings.buffer_bytes // 2)
-        if pace is not None and not pace.by_layer:
+        if by_layer:
+            most = 1
+        elif pace is not None and not pace.by_layer:
             # The engine waits for all layers: a chunk that is whole is worth more than some layers of all chunks.
             most = max(most, self._settings.buffer_bytes // 4)
         return Stream(
@@ -106,6 +113,7 @@ class Loader:
             shard=shard,
             allocate=allocate,
             on_lost=on_lost,
+            sink=sink,
             at_once=self._chunks_at_once,
             pace=pace,
             lowest_profile=self._settings.lowest_profile,
@@ -116,6 +124,22 @@ class Loader:
         """Whether the tiers on this machine will probably give all of a chunk."""
         tiles = chunk.tiles
         return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
+
+    async def warm_up(self, tokens: int) -> None:
+        """Have the memory that a load of so many tokens takes before the first load waits for it."""
+        values = self.empty(self._shard.layers, tokens).view(torch.uint8)
+        slab = self.slabs.try_acquire(min(self.slabs.budget, 2 * self._settings.range_bytes))
+
+        def touch() -> None:
+            values.zero_()
+            if slab is not None:
+                slab.view[:] = bytes(len(slab.view))
+
+        try:
+            await in_thread(self._threads, touch)
+        finally:
+            if slab is not None:
+                slab.release()
 
     def empty(self, layers: int, tokens: int) -> torch.Tensor:
         """Memory for values [layers, 2, tokens, kv heads, head dim], which earlier values may have used."""

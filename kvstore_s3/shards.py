@@ -70,7 +70,7 @@ class KnownShards:
 
     async def _list(self) -> None:
         full = self._namespace.layout.full_shard
-        found = set()
+        found: set[Shard] = set()
         folder = f"{self._namespace.hex}/{SHARD_FOLDER}/"
         try:
             async for info in self._objects.list(folder):

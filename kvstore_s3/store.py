@@ -35,7 +35,7 @@ from kvstore_s3.pace import Pace
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
 from kvstore_s3.saving import Saver
 from kvstore_s3.shards import KnownShards
-from kvstore_s3.streaming import Stream
+from kvstore_s3.streaming import Sink, Stream
 
 __all__ = ["ChunkPlace", "Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
 
@@ -213,16 +213,24 @@ class KVStore:
         return out[:, :, :tokens]
 
     async def stream(
-        self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None
+        self,
+        hit: Hit,
+        *,
+        first_token: int = 0,
+        pace: Pace | None = None,
+        by_layer: bool = False,
+        sink: Sink | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         """The hit's KV from `first_token` (a chunk boundary) on, group by group of layers in layer order.
 
         The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does,
-        and `load` for what `pace` does. No group at all comes where nothing is worth loading.
+        and `load` for what `pace` does. No group at all comes where nothing is worth loading. `by_layer`: groups are as
+        small as they can be. `sink` is awaited for each chunk's share of a group as soon as it is decoded.
         """
         check_hit(hit, self.namespace)
         check_boundary(first_token, self.namespace)
-        async with aclosing(self._stream(hit, first_token // self.namespace.chunk_tokens, None, pace)) as groups:
+        first_chunk = first_token // self.namespace.chunk_tokens
+        async with aclosing(self._stream(hit, first_chunk, None, pace, by_layer=by_layer, sink=sink)) as groups:
             async for group in groups:
                 yield group
 
@@ -267,6 +275,10 @@ class KVStore:
         chunks = [self._identity(key) for key in keys]
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
+    async def warm_up(self, tokens: int) -> None:
+        """Have the memory that a load of so many tokens takes before the first load waits for it."""
+        await self._loader.warm_up(tokens)
+
     def is_near(self, hit: Hit) -> bool:
         """Whether the tiers on this machine will probably give all of the hit."""
         return bool(hit) and all(self._loader.is_near(chunk) for chunk in hit.chunks)
@@ -295,12 +307,19 @@ class KVStore:
         return StoredChunk.join(tiles).within(self.shard)
 
     async def _stream(
-        self, hit: Hit, first_chunk: int, out: torch.Tensor | None, pace: Pace | None
+        self,
+        hit: Hit,
+        first_chunk: int,
+        out: torch.Tensor | None,
+        pace: Pace | None,
+        *,
+        by_layer: bool = False,
+        sink: Sink | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         chunks = hit.chunks[first_chunk:]
         if not chunks:
             return
-        stream = self._loader.stream(chunks, out, on_lost=self._finder.lose, pace=pace)
+        stream = self._loader.stream(chunks, out, on_lost=self._finder.lose, pace=pace, by_layer=by_layer, sink=sink)
         async with aclosing(stream.run()) as bands:
             async for band, kv in bands:
                 qualities, calibrated = self._learn(hit, stream)

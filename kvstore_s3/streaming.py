@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +35,11 @@ _MAY_LOSE = 0.25
 """Share of the time that computing everything takes which a load may cost beyond what it saved so far."""
 
 
+Sink = Callable[[int, int, torch.Tensor], Awaitable[None]]
+"""Takes a chunk's values [layers, 2, tokens, heads, dim]: the band's first layer, the chunk's number in the hit, and
+them. It may be given chunks in any order, and such as turn out to lie behind a lost one."""
+
+
 @dataclass(slots=True)
 class Group:
     """A band that is read into `kv`, which has room for the first `chunks` chunks of the load."""
@@ -53,8 +58,8 @@ class Stream:
     from, and no others.
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
-    into. `on_lost` hears of objects that could not be used, and since when the load runs; it ends before the
-    first of them.
+    into. `sink` is awaited for each chunk's share of a band as soon as it is there. `on_lost` hears of objects that
+    could not be used, and since when the load runs; it ends before the first of them.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Stream:
         allocate: Callable[[Band, int], torch.Tensor],
         on_lost: Callable[[Identity, Exception, float], None],
         at_once: int,
+        sink: Sink | None = None,
         pace: Pace | None = None,
         lowest_profile: str | None = None,
         count: Count = ignore,
@@ -80,6 +86,7 @@ class Stream:
         self._bands = bands
         self._allocate = allocate
         self._on_lost = on_lost
+        self._sink = sink
         self._turns = asyncio.Semaphore(at_once)
         self._pace = pace
         self._count = count
@@ -152,8 +159,9 @@ class Stream:
             async with self._turns:
                 if index >= self.good:
                     return
-                target = bits[:, :, index * tokens : (index + 1) * tokens]
-                await self._read_chunk(index, group.band, target, urgency)
+                place = slice(index * tokens, (index + 1) * tokens)
+                if await self._read_chunk(index, group.band, bits[:, :, place], urgency) and self._sink is not None:
+                    await self._sink(group.band.layer_begin, index, group.kv[:, :, place])
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -162,8 +170,8 @@ class Stream:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def _read_chunk(self, index: int, band: Band, target: Bits, urgency: float) -> None:
-        """Read a chunk's share of a band, from all objects that have some of it at once."""
+    async def _read_chunk(self, index: int, band: Band, target: Bits, urgency: float) -> bool:
+        """Read a chunk's share of a band, from all objects that have some of it at once. False: it is lost."""
         layers = replace(self._shard, layer_begin=band.layer_begin, layer_end=band.layer_end)
         parts = [(number, piece, part) for number, piece in self._parts[index] if (part := meet(piece, layers))]
         try:
@@ -177,10 +185,12 @@ class Stream:
             else:
                 await run_all(work)
             self._layers_read[index] += band.layer_end - band.layer_begin
+            return True
         except LOST as error:
             self.good = min(self.good, index)
             self._cancel_cut()  # nobody waits for what lies behind it, least of all where the link hangs
             self._on_lost(self._lost.pop(index, self.chunks[index].identity), error, self._begun)
+            return False
         finally:
             for number, _, _ in parts:
                 self._headers[index][number].set()

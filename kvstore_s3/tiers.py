@@ -78,7 +78,8 @@ class Tiers:
         for tier in (self._host, self._nvme):
             if tier is not None:
                 stats = tier.stats
-                found[tier.name] = TierState(stats.bytes, stats.budget, tier is self._host or tier.is_on)
+                is_on = tier.is_on if isinstance(tier, NvmeTier) else True
+                found[tier.name] = TierState(stats.bytes, stats.budget, is_on)
         return found
 
     async def start(self) -> None:

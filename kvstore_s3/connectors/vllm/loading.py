@@ -49,6 +49,11 @@ class LoadsUnderWay:
     def any(self) -> bool:
         return bool(self._loads)
 
+    @property
+    def any_by_layer_new(self) -> bool:
+        """Whether loads by layer were ordered for the step that is being scheduled."""
+        return any(order.by_layer for order in self._new)
+
     def add(self, order: LoadOrder) -> None:
         self._new.append(order)
         self._loads[order.request_id] = LoadUnderWay(order, self._ranks, order.tokens.end)

@@ -82,8 +82,8 @@ class LoadUnderWay:
 class Loader:
     """Carries out load orders. All methods run on the event loop.
 
-    Blocks are written by `writer`, one thread, and a load ends only when its last write has: once `on_end` was called,
-    the engine may do with the blocks what it likes.
+    Blocks are written by `writer`, and a load ends only when its last write has: once `on_end` was called, the engine
+    may do with the blocks what it likes. A thread of `waiter` waits for the engine to have its pages ready.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Loader:
         cache: PagedCache,
         health: StoreHealth,
         writer: ThreadPoolExecutor,
+        waiter: ThreadPoolExecutor,
         follower: Follower,
         *,
         deadline_s: float,
@@ -102,6 +103,7 @@ class Loader:
         self._cache = cache
         self._health = health
         self._writer = writer
+        self._waiter = waiter
         self._follower = follower
         self._deadline_s = deadline_s
         self._stall_s = stall_s
@@ -175,23 +177,39 @@ class Loader:
         order, block_tokens = load.order, self._cache.block_tokens
         begin, good, layers, quality = load.good, load.good, 0, "lossless"
         pace = None if order.follow else order.pace  # who follows has chosen to wait
-        async with asyncio.timeout(self._deadline_s), aclosing(self._kv.stream(hit, pace=pace)) as groups:
+        size = self._kv.namespace.chunk_tokens
+        at_once = size % block_tokens == 0  # each chunk has blocks of its own, written as soon as it is there
+
+        async def write(layer_begin: int, number: int, values: torch.Tensor) -> None:
+            await self._write(load, layer_begin, first_token + number * size, values, begin)
+
+        groups = self._kv.stream(hit, pace=pace, by_layer=order.by_layer, sink=write if at_once else None)
+        async with asyncio.timeout(self._deadline_s), aclosing(groups):
             async for group in groups:
                 good = floor_to(min(first_token + group.tokens, order.tokens.end), block_tokens)
                 if good <= begin:
                     return
-                first_block = (begin - order.tokens.begin) // block_tokens
-                block_ids = order.block_ids[first_block : first_block + (good - begin) // block_tokens]
-                kv = group.kv[:, :, begin - first_token : good - first_token]
-                await in_thread(self._writer, self._write, load, group.layer_begin, kv, block_ids)
+                if not at_once:
+                    await self._write(load, group.layer_begin, first_token, group.kv, begin)
                 layers, quality = group.layer_end, worst_quality((quality, group.quality))
                 load.gate.advance(layers)
         if layers == self._cache.layer_end:
             load.good, load.quality = good, worst_quality((load.quality, quality))
 
-    def _write(self, load: LoadUnderWay, layer_begin: int, kv: torch.Tensor, block_ids: tuple[int, ...]) -> None:
-        load.pages_ready.wait()
-        self._cache.write(layer_begin, kv, block_ids)
+    async def _write(
+        self, load: LoadUnderWay, layer_begin: int, first_token: int, kv: torch.Tensor, begin: int
+    ) -> None:
+        """Write the whole blocks of `kv`, which holds the tokens from `first_token` on, that lie behind `begin`."""
+        tokens, block_tokens = load.order.tokens, self._cache.block_tokens
+        begin = max(begin, first_token)
+        end = floor_to(min(first_token + kv.shape[2], tokens.end), block_tokens)
+        if begin >= end:
+            return
+        if not load.pages_ready.is_set():
+            await in_thread(self._waiter, load.pages_ready.wait)
+        blocks = slice((begin - tokens.begin) // block_tokens, (end - tokens.begin) // block_tokens)
+        values = kv[:, :, begin - first_token : end - first_token]
+        await in_thread(self._writer, self._cache.write, layer_begin, values, load.order.block_ids[blocks])
 
     def _key_at(self, order: LoadOrder, token: int) -> bytes:
         return order.keys[(token - order.first_token) // self._kv.namespace.chunk_tokens]

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from kvstore_s3.store import KVStore
 
 _REMEMBER_EVERY_S = 60.0
+_WARM_TOKENS = 4096
+"""Tokens of a load whose memory is there before the first request comes; longer ones bring theirs."""
 _CONNECTIONS = 8
 """Connections that are open before the first request comes."""
 
@@ -107,6 +109,8 @@ def make_worker_side(
     health = StoreHealth(store.kv.objects, store.kv.settings)
     store.runtime.submit(spread_over_cores())
     store.runtime.submit(_get_ready(store.kv, health))
+    if config.kv_transfer_config.is_kv_consumer:
+        store.runtime.submit(store.kv.warm_up(min(config.model_config.max_model_len, _WARM_TOKENS)))
     return WorkerSide(
         store,
         health,

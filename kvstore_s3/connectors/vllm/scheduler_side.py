@@ -27,6 +27,7 @@ from kvstore_s3.streaming import Pace
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
@@ -67,9 +68,14 @@ class SchedulerSide:
         self._loads = LoadsUnderWay(role.ranks, lifetime_s=kv.settings.verdict_lifetime_s)
         self._saves = SaveOrders(role, admission, health, tally, events, chunk_tokens=self._chunk_tokens)
         self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
+        self._manager: KVCacheManager | None = None
         self._epoch = 0
         self._epoch_key = b""
         self._told: set[str] = set()
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """The engine's blocks, of which failed loads by layer take some out of its prefix cache."""
+        self._manager = manager
 
     def add_request(self, request: Request) -> None:
         """Start the lookup of a new request, unless its KV is not named by its tokens or it is not worth the while."""
@@ -102,6 +108,8 @@ class SchedulerSide:
         (None, False) while the store has not answered, or the same tokens are being loaded for another request, whose
         blocks this one will then share; the scheduler asks again.
         """
+        if computed and self._loads.any_by_layer_new:
+            return None, False  # its blocks may be ones that a load of this very step has yet to fill
         state = self._requests.get(request.request_id)
         if state is None or not self._role.loads or not state.may_load:
             return 0, False
@@ -149,11 +157,13 @@ class SchedulerSide:
         spans = list(spans_of(output))
         loads = self._loads.take_orders()
         prefills = [span for _, span in spans if span.end - span.begin > 1]
-        by_layer = any(order.by_layer for order in loads)
-        self._meter.begin_step(time.monotonic(), prefills, len(spans) - len(prefills), measured=not by_layer)
+        unsure = {order.request_id for order in loads if order.by_layer}
+        self._meter.begin_step(time.monotonic(), prefills, len(spans) - len(prefills), measured=not unsure)
         saves = []
         for request_id, span in spans if self._role.saves else ():
             state = self._requests.get(request_id)
+            if request_id in unsure:  # what the step computes rests on a load that may fail: the next one saves it
+                continue
             if state is not None and not self._asking.is_waiting(state):
                 save = self._saves.order(request_id, state, span.end, output)
                 if save is not None:
@@ -261,6 +271,8 @@ class SchedulerSide:
             self._admission.note_load(
                 tokens.begin, good, sum(place.size for place in order.places), load.seconds, near=load.near
             )
+        if not whole and order.by_layer:
+            self._forget_blocks(order, good)
         if not whole and load.lost:
             key = order.keys[(good - order.first_token) // self._chunk_tokens]
             self._loads.avoid(key, now)
@@ -278,6 +290,18 @@ class SchedulerSide:
             state.reason = load.reason or "given-up"
             if load.lost or order.follow:
                 state.stored = floor_to(good, self._chunk_tokens)  # what is computed again mends the store
+
+    def _forget_blocks(self, order: LoadOrder, good: int) -> None:
+        """Take what a load by layer did not fill, and what was computed from it, out of the engine's prefix cache.
+
+        vLLM caches blocks when it allocates them, and would give them to others until they are computed again.
+        """
+        if self._manager is None:
+            return
+        size = self._role.block_tokens
+        (block_ids,) = self._manager.get_block_ids(order.request_id)  # none, once the request has ended
+        unfilled = order.block_ids[(good - order.tokens.begin) // size :]
+        self._manager.evict_blocks({*unfilled, *block_ids[good // size :]})
 
     def _quality(self, state: RequestState) -> str:
         """The worst quality of the KV that a request was answered with; "unknown" where nobody looked."""

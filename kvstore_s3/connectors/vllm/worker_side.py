@@ -30,6 +30,9 @@ from kvstore_s3.connectors.vllm.saves import SaveBudget, Saver
 from kvstore_s3.connectors.vllm.stats import Tally
 from kvstore_s3.runtime import SyncKVStore
 
+_WRITERS = 2
+"""Threads that write pages: beside decoding, they would only take its cores."""
+
 
 class WorkerSide:
     """All methods run on the worker's thread; results come over from the event loop under a lock.
@@ -59,7 +62,8 @@ class WorkerSide:
         self._bytes_per_token = 2 * shard.layers * shard.heads * layout.head_dim * layout.itemsize
         self._budget = SaveBudget(options.save_memory_bytes)
         self._saver = Saver(store.kv, health, tally, on_end=self._note_save)
-        self._writer = ThreadPoolExecutor(1, "kvstore-s3-pages")
+        self._writer = ThreadPoolExecutor(_WRITERS, "kvstore-s3-pages")
+        self._waiter = ThreadPoolExecutor(1, "kvstore-s3-steps")
         self._under_way: set[concurrent.futures.Future[None]] = set()
         self._loads: dict[str, LoadUnderWay] = {}
         self._broken: set[str] = set()
@@ -86,6 +90,7 @@ class WorkerSide:
             self._cache,
             self._health,
             self._writer,
+            self._waiter,
             Follower(kv),
             deadline_s=self._options.load_deadline_s,
             stall_s=self._options.follow_stall_s,
@@ -179,7 +184,8 @@ class WorkerSide:
         concurrent.futures.wait(set(self._under_way), timeout=self._options.flush_s)
 
     def close(self) -> None:
-        """Release the thread that writes blocks. To be called when the store is closed."""
+        """Release the threads that write blocks. To be called when the store is closed."""
+        self._waiter.shutdown()
         self._writer.shutdown()
 
     def _start_load(self, order: LoadOrder) -> None:
