@@ -181,7 +181,8 @@ class SchedulerSide:
 
     def take_report(self, report: StepReport) -> None:
         """Learn what the worker, or the ranks, finished."""
-        for link in report.links:
+        if report.links:  # a hit is there when the slowest rank has it
+            link = min(report.links, key=lambda link: link.bytes_per_s or float("inf"))
             self._admission.note_link(link.bytes_per_s, link.latency_s)
         for load in report.loads:
             ended = self._loads.note(load)
