@@ -78,7 +78,7 @@ def run_engine(llama: Path) -> RunEngine:
             capture_output=True,
             text=True,
             env=engine_environment(processes=processes) | (environment or {}),
-            timeout=240,
+            timeout=480 if processes else 240,
             check=False,
         )
         log = ran.stderr + ran.stdout
