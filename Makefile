@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 
-.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io fuzz clean
+.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io bench-vllm fuzz clean
 
 help: ## this list
 	@echo "kvstore_s3: persistent LLM KV caches on object stores"
@@ -106,6 +106,9 @@ bench-codec: venv ## quality for bits beside published KV codecs (MODEL=dir, TEX
 
 bench-io: $(VENV)/.bench-io ## cost of moving bytes beside other S3 clients, lookups, many streams, local disk: table, JSON, SVG
 	@$(BIN)/python benchmarks/io_bench.py
+
+bench-vllm: ## a real vLLM on the CPU with MinIO: hits beside LMCache, tiers, many clients, cost of saving: table, JSON, SVG
+	@.ci/bench-vllm
 
 $(VENV)/.bench-io: $(VENV)/.installed
 	@echo "installing the S3 clients to compare with into $(VENV)"

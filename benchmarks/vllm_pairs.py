@@ -1,0 +1,100 @@
+"""Two engines beside each other, asked in turn: what saving costs a cold prompt, and when loading by layer wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm_hits import PROMPT, WARM_UP, summarise
+from vllm_model import CHUNK_TOKENS, PROMPT_TOKENS, random_tokens
+from vllm_process import Engine, running_engine
+from vllm_stores import Store
+
+PROMPTS_IN_A_ROW = 2
+TAILS = (8, 264, 776)
+"""Tokens behind the stored prefix that are to be computed."""
+
+
+def measure_saving(store: Store, model: Path, rounds: int) -> dict[str, Any]:
+    """Cold prompts one after the other, with and without saves; the other engine's turn comes when all is stored.
+
+    `first_token`: of each prompt. `in_a_row`: of the whole sequence, in which the saves of one prompt run beside the
+    prefill of the next.
+    """
+    times: dict[str, list[list[float]]] = {"saving": [], "alone": []}
+    with _pair(store, model, {"saving": store.ours("cold"), "alone": None}) as engines:
+        for number in range(rounds):
+            names = list(engines) if number % 2 else list(reversed(engines))
+            for name in names:
+                seeds = range(100 + number * PROMPTS_IN_A_ROW, 100 + (number + 1) * PROMPTS_IN_A_ROW)
+                answers = engines[name].ask(*[random_tokens(PROMPT_TOKENS, seed) for seed in seeds])
+                times[name].append([answer.ms for answer in answers])
+                if name == "saving":
+                    chunks = (number + 1) * PROMPTS_IN_A_ROW * (PROMPT_TOKENS // CHUNK_TOKENS)
+                    stored = store.await_chunks("cold/", chunks)
+    firsts = {name: [ms for sequence in rows for ms in sequence] for name, rows in times.items()}
+    rows = {name: [sum(sequence) for sequence in sequences] for name, sequences in times.items()}
+    found = {
+        "prompts_in_a_row": PROMPTS_IN_A_ROW,
+        "chunks_expected": chunks,
+        "chunks_stored": stored,
+        "first_token": {name: summarise(values) for name, values in firsts.items()},
+        "in_a_row": {name: summarise(values) for name, values in rows.items()},
+        "first_token_ratio": _paired(firsts["saving"], firsts["alone"]),
+        "in_a_row_ratio": _paired(rows["saving"], rows["alone"]),
+    }
+    print(f"saving: {found['in_a_row_ratio']['median']:.3f} of a cold sequence, {stored} of {chunks} chunks stored")
+    return found
+
+
+def measure_layers(store: Store, model: Path, repeats: int) -> dict[str, Any]:
+    """Hits of several lengths, loaded before the first step and layer by layer beside it; `fill` of hits/ came before.
+
+    The engines only read, so that no tail is stored.
+    """
+    modes = {mode: store.ours("hits", role="kv_consumer", load_mode=mode) for mode in ("async", "by-layer")}
+    times: dict[int, dict[str, list[float]]] = {tail: {mode: [] for mode in modes} for tail in TAILS}
+    with _pair(store, model, modes) as engines:
+        for number in range(repeats):
+            for tail in TAILS:
+                kept = PROMPT[: PROMPT_TOKENS - tail]
+                prompt = [*kept, *random_tokens(tail, 1000 + number)]
+                for mode, engine in engines.items():
+                    answer = engine.ask(prompt)[0]
+                    if answer.cached == len(kept) // CHUNK_TOKENS * CHUNK_TOKENS:
+                        times[tail][mode].append(answer.ms)
+    return {str(tail): _compare(tail, found) for tail, found in times.items()}
+
+
+def _compare(tail: int, times: Mapping[str, list[float]]) -> dict[str, Any]:
+    if not all(times.values()):
+        print(f"{tail} tokens to compute: a mode did not hit")
+        return {mode: len(values) for mode, values in times.items()}
+    found: dict[str, Any] = {mode: summarise(values) for mode, values in times.items()}
+    found["by_layer_over_async"] = round(found["by-layer"]["ms"] / found["async"]["ms"], 3)
+    print(f"{tail} tokens to compute: by-layer {found['by-layer']['ms']:.1f} ms, async {found['async']['ms']:.1f} ms")
+    return found
+
+
+def _paired(ours: list[float], others: list[float]) -> dict[str, float]:
+    ratios = [mine / other for mine, other in zip(ours, others, strict=True)]
+    return {"median": round(median(ratios), 3), "least": round(min(ratios), 3), "most": round(max(ratios), 3)}
+
+
+@contextmanager
+def _pair(store: Store, model: Path, connectors: Mapping[str, Mapping[str, Any] | None]) -> Iterator[dict[str, Engine]]:
+    """Two warm engines without a prefix cache of their own; who is not asked waits without computing."""
+    (first, one), (second, other) = connectors.items()
+    environment = store.environment()
+
+    def start(name: str, connector: Mapping[str, Any] | None) -> Any:
+        log = store.folder / f"pair-{name}.log"
+        return running_engine(model, connector=connector, environment=environment, log=log, enable_prefix_caching=False)
+
+    with start(first, one) as left, start(second, other) as right:
+        left.ask(WARM_UP)
+        right.ask(WARM_UP)
+        yield {first: left, second: right}
