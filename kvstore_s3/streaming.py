@@ -184,6 +184,8 @@ class Stream:
                 await work[0]
             else:
                 await run_all(work)
+            if any(self.chunks[index].tiles[number].header is None for number, _, _ in parts):
+                return False  # lost in another band, or the load is failing
             self._layers_read[index] += band.layer_end - band.layer_begin
             return True
         except LOST as error:
@@ -198,11 +200,14 @@ class Stream:
     async def _read_tile(
         self, index: int, number: int, wanted: Shard, out: Bits, urgency: float, *, wait: bool
     ) -> None:
-        """Read the rectangle `wanted` of one object of a chunk; with `wait`, once its header is known."""
+        """Read the rectangle `wanted` of one object of a chunk.
+
+        With `wait`, once its header is known; where it stays unknown, nothing is read.
+        """
         if wait and self.chunks[index].tiles[number].header is None:
             await self._headers[index][number].wait()  # before a slab is taken: its reader may need one
             if self.chunks[index].tiles[number].header is None:
-                return  # lost, or the load is failing
+                return
         tiles = list(self.chunks[index].tiles)
         try:
             header = await self._reader.read_tile(tiles[number], wanted, self.levels[index], out, urgency=urgency)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
 
 import pytest
+from local_server import LocalServer
 from partitions import (
     CHUNK,
     FULL,
@@ -25,6 +27,7 @@ from partitions import (
     tp,
     write,
 )
+from servers import BUCKET
 
 from kvstore_s3 import KVStore
 from kvstore_s3.errors import StoreRefusedError, StoreUnavailableError
@@ -222,6 +225,25 @@ async def test_a_marker_that_fits_no_model_is_ignored(name: str) -> None:
     async with open_rank(url) as store:
         await store.objects.put(f"{NAMESPACE.hex}/shards/{name}", b"?")
         assert same_bits(await store.load(await store.lookup(TOKENS)), kv[:, :, :WHOLE])
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["moto", pytest.param("minio", marks=pytest.mark.server), pytest.param("versitygw", marks=pytest.mark.server)],
+)
+async def test_partitions_are_read_across_on_a_server(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: LocalServer = request.getfixturevalue(server)
+    for name, value in found.environment().items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{BUCKET}/shards-{secrets.token_hex(8)}"
+    kv = await write(url, tp(2), chunks=range(2))
+    await write(url, pp(2), kv, chunks=range(2, 4))
+    for reader in (FULL, tp(2)[1], pp(2)[1]):
+        async with open_rank(url, reader) as rank:
+            assert same_bits(await rank.load(await rank.lookup(TOKENS)), part_of(kv, reader)[:, :, :WHOLE])
+            assert (await rank.save(TOKENS, part_of(kv, reader))).chunks_new == 0
 
 
 # What is lost, and mended
