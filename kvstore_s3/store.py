@@ -13,19 +13,17 @@ import numpy.typing as npt
 import torch
 
 from kvstore_s3.arguments import check_boundary, check_hit, check_shard, check_values
+from kvstore_s3.assembly import assemble
 from kvstore_s3.bitstream import Identity
-from kvstore_s3.calibrations import Calibrations
 from kvstore_s3.codec.arithmetic import require_coder
 from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.gauges import measure
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 from kvstore_s3.hits import Hit, LayerGroup, Saved
-from kvstore_s3.inspection import Inspector, object_key
+from kvstore_s3.inspection import object_key
 from kvstore_s3.layout import Shard
 from kvstore_s3.load import ChunkPlace, StoredChunk
-from kvstore_s3.loader import Loader
-from kvstore_s3.lookup import ChunkFinder
 from kvstore_s3.metrics import Counters
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
@@ -33,8 +31,6 @@ from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.pace import Pace
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
-from kvstore_s3.saving import Saver
-from kvstore_s3.shards import KnownShards
 from kvstore_s3.streaming import Sink, Stream
 
 __all__ = ["ChunkPlace", "Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
@@ -74,45 +70,13 @@ class KVStore:
         self.quality = find_quality(settings.profile)
         check_dtype(self.quality, namespace.layout.dtype)
         self.shard = check_shard(shard, namespace)
-        self.calibrations = Calibrations(objects, namespace, lifetime_s=settings.verdict_lifetime_s)
         self._probe = probe
-        self._loader = Loader(
-            objects,
-            namespace.layout,
-            self.shard,
-            namespace.chunk_tokens,
-            self.quality,
-            settings,
-            find_calibration=self.calibrations.find,
-            count=counters.add,
-        )
-        self._shards = KnownShards(objects, namespace, lifetime_s=settings.verdict_lifetime_s)
-        inspector = Inspector(
-            objects,
-            self.quality,
-            find_calibration=self.calibrations.find,
-            read_local=self._loader.tiers.read_start,
-            on_delay=self._loader.link.bandwidth.observe_delay,
-        )
-        self._finder = ChunkFinder(
-            inspector,
-            self._shards,
-            concurrency=settings.lookup_concurrency,
-            verdict_lifetime_s=settings.verdict_lifetime_s,
-            miss_lifetime_s=settings.miss_lifetime_s,
-            count=counters.add,
-        )
-        self._saver = Saver(
-            objects,
-            namespace,
-            self.quality,
-            settings,
-            finder=self._finder,
-            loader=self._loader,
-            shards=self._shards,
-            calibrations=self.calibrations,
-            count=counters.add,
-        )
+        parts = assemble(objects, namespace, self.quality, settings, self.shard, counters.add)
+        self.calibrations = parts.calibrations
+        self._loader = parts.loader
+        self._shards = parts.shards
+        self._finder = parts.finder
+        self._saver = parts.saver
         self._told_lossy = False
 
     @classmethod

@@ -34,6 +34,7 @@ LAYERS = {
     "tier": 3,
     "transfer": 3,
     "arguments": 4,
+    "assembly": 4,
     "calibrations": 4,
     "encode": 4,
     "gauges": 4,
