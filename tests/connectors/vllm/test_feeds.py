@@ -75,6 +75,19 @@ async def test_a_real_store_tells_of_its_bytes_by_tier_and_of_its_state():
     assert read > kv.nbytes, "two loads, encoded"
 
 
+async def test_bytes_of_a_store_without_tiers_come_from_the_store():
+    notes: Any = Notes()
+    namespace = Namespace(model="m", revision="1", layout=LAYOUT, chunk_tokens=16)
+    kv = torch.randn(2, 2, 32, 2, 16)
+    settings = Settings(host_tier_bytes=0, nvme_tier_dir=None)
+    async with KVStore.open("memory://feeds-store", namespace, settings) as store:
+        await store.save(range(32), kv)
+        await store.load(await store.lookup(range(32)))
+        StoreFeed(store, notes).feed()
+    assert notes.counts["kvstore_bytes_read/store"] > kv.nbytes / 2
+    assert not [key for key in notes.gauges if key.startswith("kvstore_tier")]
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_the_key_of_a_series_names_it(name: str):
     metric = METRICS[name]

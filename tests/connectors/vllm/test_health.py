@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future
 
 import pytest
 
 from kvstore_s3.config import Settings
-from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none
+from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none, speak_through_engine
 from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.memory import MemoryStore
@@ -141,6 +142,50 @@ def test_an_unforeseen_failure_is_logged_and_no_result(caplog: pytest.LogCapture
     future.set_exception(RuntimeError("a defect"))
     assert result_or_none(future) is None
     assert "a defect" in caplog.text
+
+
+class Kept(logging.Handler):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def engine_log() -> Iterator[Kept]:
+    """The handler of an engine's logger; all loggers are as before afterwards."""
+    names = ("vllm", "kvstore_s3", "kvstore_s3.outages")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(one, list(one.handlers), one.propagate, one.level) for one in loggers]
+    kept = Kept()
+    loggers[0].handlers, loggers[0].propagate = [kept], False
+    loggers[0].setLevel(logging.INFO)
+    loggers[1].handlers = []
+    yield kept
+    for one, handlers, propagate, level in before:
+        one.handlers, one.propagate = handlers, propagate
+        one.setLevel(level)
+
+
+def test_the_packages_lines_appear_as_the_engines_do_and_an_outage_is_told_once(engine_log: Kept):
+    speak_through_engine()
+    speak_through_engine()
+    logging.getLogger("kvstore_s3").warning("a tier switched itself off")
+    logging.getLogger("kvstore_s3.outages").warning("the store is left alone")
+    assert engine_log.lines == ["a tier switched itself off"]
+
+
+def test_a_logger_that_the_user_has_set_up_is_left_to_them(engine_log: Kept):
+    own = Kept()
+    logging.getLogger("kvstore_s3").addHandler(own)
+    speak_through_engine()
+    logging.getLogger("kvstore_s3").warning("a tier switched itself off")
+    assert own.lines == ["a tier switched itself off"]
+    assert engine_log.lines == []
 
 
 def levels(caplog: pytest.LogCaptureFixture) -> list[str]:
