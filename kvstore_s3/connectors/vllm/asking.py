@@ -79,6 +79,13 @@ class Asking:
             self._porter.submit(lambda: self._health.report_soon(error))
         return state.may_load
 
+    def is_naming(self, state: RequestState) -> bool:
+        """Whether the keys of a prompt are still to come. Computed in one step, it would be over before it could be
+        saved: worth waiting for where another engine waits for what this one saves."""
+        self.is_waiting(state)
+        late = time.monotonic() - state.asked_at > self._options.lookup_deadline_s
+        return state.lookup is not None and not late
+
     def _take_answer(self, state: RequestState, answer: Answer | None, now: float) -> None:
         state.lookup = None
         if answer is None:

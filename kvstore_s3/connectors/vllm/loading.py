@@ -57,7 +57,7 @@ class LoadsUnderWay:
     def add(self, order: LoadOrder) -> None:
         self._new.append(order)
         self._loads[order.request_id] = LoadUnderWay(order, self._ranks, order.tokens.end)
-        for key in order.keys:
+        for key in () if order.follow else order.keys:  # what another engine computes may take its time
             self._coming.setdefault(key, order.request_id)
 
     def take_orders(self) -> tuple[LoadOrder, ...]:

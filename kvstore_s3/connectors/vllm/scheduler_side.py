@@ -111,8 +111,10 @@ class SchedulerSide:
         if computed and self._loads.any_by_layer_new:
             return None, False  # its blocks may be ones that a load of this very step has yet to fill
         state = self._requests.get(request.request_id)
-        if state is None or not self._role.loads or not state.may_load:
+        if state is None:
             return 0, False
+        if not self._role.loads or not state.may_load:
+            return (None if state.wanted and self._asking.is_naming(state) else 0), False
         if request.num_preemptions != state.preemptions:  # its blocks are gone; what was saved since may help
             state.preemptions = request.num_preemptions
             self._asking.start(state)
@@ -250,10 +252,10 @@ class SchedulerSide:
         return self._options.load_mode == "by-layer" and not state.follow
 
     def _pace(self, state: RequestState, tokens: TokenRange, now: float) -> Pace | None:
-        speed = self._meter.speed
-        if speed is None:
+        speed, deadline_s = self._meter.speed, self._options.first_token_deadline_s
+        unasked = self._options.admission == "always" and deadline_s is None
+        if speed is None or (unasked and not state.follow and not self._by_layer(state)):
             return None
-        deadline_s = self._options.first_token_deadline_s
         if deadline_s is not None:
             deadline_s = max(0.0, deadline_s - (now - state.arrived))
         per_layer = speed.seconds(tokens.end, state.tokens) / self._layers if self._by_layer(state) else 0.0
