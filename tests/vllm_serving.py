@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -50,14 +51,17 @@ class VllmServer:
         assert events[-1] == "[DONE]"
         return [json.loads(event) for event in events[:-1]]
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples of `/metrics` with this name and these labels; 0.0 where there is none."""
+    def metrics(self) -> dict[str, float]:
+        """The samples of `/metrics`: their sums by name, and with each label by `name{label=value}`."""
         from prometheus_client.parser import text_string_to_metric_families
 
         with _DIRECT.open(f"{self.url}/metrics", timeout=REQUEST_S) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
-        samples = [sample for family in families for sample in family.samples if sample.name == name]
-        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+        sums: Counter[str] = Counter()
+        for sample in (sample for family in families for sample in family.samples):
+            labels = [f"{sample.name}{{{label}={value}}}" for label, value in sample.labels.items()]
+            sums.update(dict.fromkeys([sample.name, *labels], sample.value))
+        return dict(sums)
 
     def stop(self) -> int:
         """Ask the server to end, as a service manager does; its exit code."""
