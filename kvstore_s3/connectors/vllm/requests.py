@@ -75,6 +75,7 @@ class RequestState:
             wanted=_is_told(request, "do_remote_decode"),
             lora_name=None if lora is None else lora.lora_name,
             may_load=loads,
+            reason="absent" if loads else "off",
         )
 
 

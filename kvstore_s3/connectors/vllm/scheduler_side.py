@@ -14,12 +14,12 @@ from kvstore_s3.connectors.vllm.events import EventLog
 from kvstore_s3.connectors.vllm.health import StoreHealth, log
 from kvstore_s3.connectors.vllm.loading import LoadsUnderWay, LoadUnderWay
 from kvstore_s3.connectors.vllm.lookups import Lookups
-from kvstore_s3.connectors.vllm.measures import outcome_of
 from kvstore_s3.connectors.vllm.messages import LoadOrder, StepOrders, StepReport
 from kvstore_s3.connectors.vllm.options import Options
+from kvstore_s3.connectors.vllm.outcomes import Outcomes
 from kvstore_s3.connectors.vllm.plans import TokenRange, floor_to, plan_load, spanned_blocks
 from kvstore_s3.connectors.vllm.porter import Porter
-from kvstore_s3.connectors.vllm.refusals import REQUEST_REASONS, ineligible_reason
+from kvstore_s3.connectors.vllm.refusals import ineligible_reason
 from kvstore_s3.connectors.vllm.requests import RequestState, Role, spans_of
 from kvstore_s3.connectors.vllm.saving import SaveOrders
 from kvstore_s3.connectors.vllm.stats import Tally
@@ -63,15 +63,14 @@ class SchedulerSide:
         self._events = events
         self._layers = kv.namespace.layout.layers
         self._chunk_tokens = kv.namespace.chunk_tokens
-        self._unknown_quality = "lossless" if kv.quality.name == "lossless" else "unknown"
         self._requests: dict[str, RequestState] = {}
         self._loads = LoadsUnderWay(role.ranks, lifetime_s=kv.settings.verdict_lifetime_s)
         self._saves = SaveOrders(role, admission, health, tally, events, chunk_tokens=self._chunk_tokens)
         self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
+        self._outcomes = Outcomes(kv, tally, role, meter, self._loads)
         self._manager: KVCacheManager | None = None
         self._epoch = 0
         self._epoch_key = b""
-        self._told: set[str] = set()
 
     def bind(self, manager: KVCacheManager) -> None:
         """The engine's blocks, of which failed loads by layer take some out of its prefix cache."""
@@ -82,22 +81,22 @@ class SchedulerSide:
         loads = self._role.loads
         reason = ineligible_reason(request, adapters=True)
         if reason is not None:
-            self._tell_once(reason)
+            self._outcomes.tell_once(reason)
         elif not (loads or self._role.saves):
             reason = "off"
         if reason is not None:
-            self._skip(reason)
+            self._outcomes.skip(reason)
             return
         state = RequestState.of(request, time.monotonic(), epoch=self._epoch_key, loads=loads)
         if state.tokens < self._chunk_tokens:
-            self._skip("short")
+            self._outcomes.skip("short")
             return
         if not (state.follow or state.wanted):
             reason = self._admission.may_look_up(state.tokens)
             state.patient = reason != UNLIKELY
             if reason not in (None, UNLIKELY):
                 log.debug("%s", self._admission.explain())
-                self._skip(reason)
+                self._outcomes.skip(reason)
                 return
         self._requests[request.request_id] = state
         self._asking.start(state)
@@ -198,16 +197,10 @@ class SchedulerSide:
         state = self._requests.pop(request_id, None)
         if state is None:
             return None
-        unanswered = state.lookup is not None and state.reason == "absent"
+        if state.lookup is not None and state.reason == "absent":
+            state.reason = "aborted"
         self._asking.stop(state)
-        quality = self._quality(state)
-        self._tally.add("kvstore_requests", label=state.outcome)
-        self._tally.add("kvstore_requests_quality", label=quality)
-        if state.outcome == "miss":
-            self._tally.add("kvstore_misses", label="aborted" if unanswered else state.reason)
-        if not state.loaded:
-            return None
-        return {"kvstore_s3": {"loaded_tokens": state.loaded, "quality": quality}}
+        return self._outcomes.finish(state)
 
     def start_epoch(self) -> None:
         """What the engine computes from now on is another model's: nothing older is loaded, nothing mixed is saved."""
@@ -254,7 +247,7 @@ class SchedulerSide:
     def _pace(self, state: RequestState, tokens: TokenRange, now: float) -> Pace | None:
         speed, deadline_s = self._meter.speed, self._options.first_token_deadline_s
         unasked = self._options.admission == "always" and deadline_s is None
-        if speed is None or (unasked and not state.follow and not self._by_layer(state)):
+        if speed is None or (unasked and not state.follow):
             return None
         if deadline_s is not None:
             deadline_s = max(0.0, deadline_s - (now - state.arrived))
@@ -264,34 +257,22 @@ class SchedulerSide:
 
     def _note_load(self, load: LoadUnderWay) -> None:
         """A load has ended on all ranks. Never offer the same failing hit again at once."""
-        order, good, now = load.order, load.good, time.monotonic()
-        tokens, whole = order.tokens, load.good == order.tokens.end
-        if good > tokens.begin:
-            self._tally.observe("kvstore_load_seconds", load.seconds)
-            saved_s = (self._meter.seconds(tokens.begin, good) or 0.0) - load.seconds
-            self._tally.add("kvstore_time_saved_seconds", max(0.0, saved_s))
+        order, good = load.order, load.good
+        whole, state = good == order.tokens.end, self._requests.get(order.request_id)
+        self._outcomes.note_load(load, state)
         if not order.follow and (whole or load.reason == "late"):
-            self._admission.note_load(
-                tokens.begin, good, sum(place.size for place in order.places), load.seconds, near=load.near
-            )
+            size = sum(place.size for place in order.places)
+            self._admission.note_load(order.tokens.begin, good, size, load.seconds, near=load.near)
         if not whole and order.by_layer:
             self._forget_blocks(order, good)
         if not whole and load.lost:
             key = order.keys[(good - order.first_token) // self._chunk_tokens]
-            self._loads.avoid(key, now)
+            self._loads.avoid(key, time.monotonic())
             if self._events is not None and load.reason == "damaged":
                 self._events.removed([key])
-        state = self._requests.get(order.request_id)
-        if state is None:
-            return
-        state.loaded = good - tokens.begin
-        complete = floor_to(floor_to(state.tokens - order.by_layer, self._chunk_tokens), self._role.block_tokens)
-        state.outcome = outcome_of(state.loaded, complete - tokens.begin)
-        state.may_load = whole and not order.follow
-        self._tally.observe("kvstore_added_wait_seconds", now - state.asked_at)
-        if not whole:
-            state.reason = load.reason or "given-up"
-            if load.lost or order.follow:
+        if state is not None:
+            state.may_load = whole and not order.follow
+            if not whole and (load.lost or order.follow):
                 state.stored = floor_to(good, self._chunk_tokens)  # what is computed again mends the store
 
     def _forget_blocks(self, order: LoadOrder, good: int) -> None:
@@ -305,20 +286,3 @@ class SchedulerSide:
         (block_ids,) = self._manager.get_block_ids(order.request_id)  # none, once the request has ended
         unfilled = order.block_ids[(good - order.tokens.begin) // size :]
         self._manager.evict_blocks({*unfilled, *block_ids[good // size :]})
-
-    def _quality(self, state: RequestState) -> str:
-        """The worst quality of the KV that a request was answered with; "unknown" where nobody looked."""
-        if state.answer is None:
-            return self._unknown_quality if state.local else "lossless"
-        used = max(state.local, state.offered.end if state.offered is not None and state.loaded else 0)
-        return self._loads.quality_of(state.answer.keys[: -(-used // self._chunk_tokens)])
-
-    def _skip(self, reason: str) -> None:
-        self._tally.add("kvstore_requests", label="skipped")
-        self._tally.add("kvstore_requests_quality", label=self._unknown_quality)
-        self._tally.add("kvstore_misses", label=reason)
-
-    def _tell_once(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            log.info("requests with %s are neither saved to nor loaded from the KV store", REQUEST_REASONS[reason])
