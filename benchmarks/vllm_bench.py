@@ -4,7 +4,7 @@
 
 Everything is measured from outside, by the caller of a real engine in its default three processes. A hit is taken in a
 new engine process; ways take turns, so that a disturbance hits them all; figures are medians with the least and the
-most. The part "layers" reads what "hits" stored. Results: results/vllm.json and results/vllm.svg.
+most. Results: results/vllm.json and results/vllm.svg.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def main() -> None:
 def measure(store: Store, model: Path, parts: list[str], rounds: int, *, trial: bool) -> dict[str, Any]:
     ways = {
         "hits": lambda: Hits(store, model).measure(rounds),
-        "zipf": lambda: vllm_zipf.measure(store, model, 10 if trial else 48),
-        "saving": lambda: measure_saving(store, model, 1 if trial else rounds + 1),
-        "layers": lambda: measure_layers(store, model, 1 if trial else rounds + 2),
+        "zipf": lambda: vllm_zipf.measure(store, model, 10 if trial else 40),
+        "saving": lambda: measure_saving(store, model, rounds),
+        "layers": lambda: measure_layers(store, model, rounds if trial else rounds + 2),
     }
     result: dict[str, Any] = {}
     for part in (part for part in PARTS if part in parts):

@@ -31,6 +31,7 @@ class Hits:
         self._wrong: list[str] = []
         self._expected: tuple[int, ...] | None = None
         self._skipped: dict[str, str] = {}
+        self._bytes_by_source: dict[str, dict[str, int]] = {}
         self._lmcache = self._find_lmcache()
 
     def measure(self, rounds: int) -> dict[str, Any]:
@@ -45,24 +46,23 @@ class Hits:
         rows = {name: summarise(values) for name, values in self._rows.items()}
         for name, row in rows.items():
             print(f"{name:44}{row['ms']:10.1f} ms   ({row['least']:.1f} to {row['most']:.1f})")
-        return {"rows": rows, "tokens_that_differ": self._wrong, "skipped": self._skipped, **self._versions()}
+        return {
+            "rows": rows,
+            "bytes_by_source": self._bytes_by_source,
+            "tokens_that_differ": self._wrong,
+            "skipped": self._skipped,
+            **self._versions(),
+        }
 
     def _fill(self) -> None:
         """One engine saves to the store and to the NVMe tier, one by way of LMCache."""
-        chunks = PROMPT_TOKENS // CHUNK_TOKENS
-        environment = self._store.environment(nvme_tier_dir=self._nvme)
-        with self._engine("fill", self._store.ours("hits"), environment) as engine:
-            engine.ask(WARM_UP, PROMPT)
-            found = self._store.await_chunks("hits/", chunks)
-            if found < chunks:
-                raise SystemExit(f"the engine saved {found} of {chunks} chunks; see its log")
-            await_bytes(self._nvme, 1)
+        fill(self._store, self._model, nvme_tier_dir=self._nvme)
         if self._lmcache is not None:
             self._try(self._fill_lmcache)
 
     def _fill_lmcache(self) -> None:
         assert self._lmcache is not None
-        before = self._store.count_chunks("")
+        before = len(self._store.chunk_sizes(""))
         with self._lmcache.running() as port, self._lmcache_engine("lmcache-fill", port) as engine:
             engine.ask(WARM_UP, PROMPT)
             chunks = PROMPT_TOKENS // CHUNK_TOKENS
@@ -75,7 +75,7 @@ class Hits:
             _, first, *again = engine.ask(WARM_UP, *[PROMPT] * (1 + AGAIN))
         self._expected = self._expected or first.tokens
         self._note("computed", [first], cached=0)
-        self._note("the engine's own prefix cache", again, cached=None)
+        self._note("the engine's own prefix cache", again)
 
     def _from_s3(self) -> None:
         with self._engine("s3", self._store.ours("hits"), self._store.environment()) as engine:
@@ -117,12 +117,12 @@ class Hits:
         environment = self._lmcache.environment()
         return self._engine(name, self._lmcache.connector(port), environment, python=self._lmcache.python)
 
-    def _note(self, name: str, answers: list[Answer], *, cached: int | None = whole_chunks(PROMPT_TOKENS)) -> None:
+    def _note(self, name: str, answers: list[Answer], *, cached: int = whole_chunks(PROMPT_TOKENS)) -> None:
         """Keep the times of answers that came the way they should; say it where they did not."""
         for answer in answers:
             if answer.tokens != (self._expected or answer.tokens):
                 self._wrong.append(name)
-            if cached is not None and answer.cached != cached:
+            if answer.cached != cached:
                 self._skip(name, f"{answer.cached} tokens were not computed, expected {cached}")
                 continue
             self._rows.setdefault(name, []).append(answer.ms)
@@ -130,8 +130,7 @@ class Hits:
     def _sources(self, name: str, counters: Mapping[str, float]) -> None:
         """Where our connector says that its bytes came from."""
         found = {key: int(value) for key, value in counters.items() if "kvstore_bytes_read" in key and value}
-        if found:
-            print(f"{name}: bytes by source {found}")
+        self._bytes_by_source[name] = found
 
     def _try(self, way: Callable[[], None]) -> None:
         try:
@@ -153,6 +152,18 @@ class Hits:
 
     def _versions(self) -> dict[str, str]:
         return {} if self._lmcache is None else {"lmcache": self._lmcache.version()}
+
+
+def fill(store: Store, model: Path, nvme_tier_dir: Path | None = None) -> None:
+    """Let an engine save PROMPT under hits/ and to the tier, where one is given. It ends when all is stored."""
+    chunks, log = PROMPT_TOKENS // CHUNK_TOKENS, store.folder / "fill.log"
+    environment = store.environment(**({"nvme_tier_dir": nvme_tier_dir} if nvme_tier_dir else {}))
+    with running_engine(model, connector=store.ours("hits"), environment=environment, log=log) as engine:
+        engine.ask(WARM_UP, PROMPT)
+        if (found := store.await_chunks("hits/", chunks)) < chunks:
+            raise EngineFailedError(f"{found} of {chunks} chunks were saved")
+        if nvme_tier_dir is not None:  # it is filled in the background
+            await_bytes(nvme_tier_dir, sum(store.chunk_sizes("hits/")))
 
 
 def summarise(values: list[float]) -> dict[str, Any]:

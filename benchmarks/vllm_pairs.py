@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm_hits import PROMPT, WARM_UP, summarise
+from vllm_hits import PROMPT, WARM_UP, fill, summarise
 from vllm_model import CHUNK_TOKENS, PROMPT_TOKENS, random_tokens
 from vllm_process import Engine, running_engine
 from vllm_stores import Store
@@ -51,10 +51,12 @@ def measure_saving(store: Store, model: Path, rounds: int) -> dict[str, Any]:
 
 
 def measure_layers(store: Store, model: Path, repeats: int) -> dict[str, Any]:
-    """Hits of several lengths, loaded before the first step and layer by layer beside it; `fill` of hits/ came before.
+    """Hits of several lengths, loaded before the first step and layer by layer beside it.
 
     The engines only read, so that no tail is stored.
     """
+    if not store.chunk_sizes("hits/"):
+        fill(store, model)
     modes = {mode: store.ours("hits", role="kv_consumer", load_mode=mode) for mode in ("async", "by-layer")}
     times: dict[int, dict[str, list[float]]] = {tail: {mode: [] for mode in modes} for tail in TAILS}
     with _pair(store, model, modes) as engines:

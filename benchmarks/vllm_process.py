@@ -111,13 +111,17 @@ def running_engine(
 
 
 def engine_environment() -> dict[str, str]:
-    """Three processes, as vLLM's default is; 1 GiB of KV; nothing from the network. Hashes as LMCache wants them."""
+    """Three processes, as vLLM's default is; 1 GiB of KV; nothing from the network. Hashes as LMCache wants them.
+
+    Engines are ended when all is stored, so their workers get no time for it.
+    """
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONSAFEPATH": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     }
 
 

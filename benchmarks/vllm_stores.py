@@ -46,16 +46,25 @@ class Store:
         given = {f"KVSTORE_S3_{name.upper()}": str(value) for name, value in settings.items()}
         return self.server.environment() | given
 
-    def count_chunks(self, prefix: str) -> int:
-        """Objects that are large enough to be KV."""
+    def chunk_sizes(self, prefix: str) -> list[int]:
+        """Bytes of each object that is large enough to be KV."""
         with self.server.client() as client:
-            return sum(1 for found in client.list_objects(BUCKET, prefix, recursive=True) if (found.size or 0) > 65536)
+            sizes = [found.size or 0 for found in client.list_objects(BUCKET, prefix, recursive=True)]
+        return [size for size in sizes if size > 65536]
 
     def await_chunks(self, prefix: str, count: int) -> int:
         """Wait until `count` objects of KV are there, a moment at most; return how many there are."""
         deadline = time.monotonic() + SETTLE_S
-        while (found := self.count_chunks(prefix)) < count and time.monotonic() < deadline:
+        while (found := len(self.chunk_sizes(prefix))) < count and time.monotonic() < deadline:
             time.sleep(0.25)
+        return found
+
+    def settle(self, prefix: str) -> int:
+        """Wait until no more objects of KV come, for two seconds; return how many there are."""
+        before = -1
+        while (found := len(self.chunk_sizes(prefix))) != before:
+            before = found
+            time.sleep(2)
         return found
 
 

@@ -87,6 +87,7 @@ def _serve(
     ) as engine:
         engine.ask(random_tokens(100, seed=2))
         found = engine.tell(workload)
+        store.settle("zipf/")
     return _summarise(found)
 
 
