@@ -130,7 +130,8 @@ class ChunkFinder:
         chunk = self._join(own, answers)
         if chunk is not None:
             return chunk
-        others = [shard for shard in await self._shards.find() if shard not in answers and meet(shard, own)]
+        known = await self._shards.find(must_know=not question.fresh)  # a writer at worst writes what is there in parts
+        others = [shard for shard in known if shard not in answers and meet(shard, own)]
         corner = {shard for shard in others if holds_corner(shard, own)}
         for shards in (corner, set(others) - corner):
             if shards and cut_cover(own, [*_usable(answers), *others]) is not None:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from kvstore_s3.errors import InvalidArgumentError, StoreRefusedError
+from kvstore_s3.errors import InvalidArgumentError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.objectstore.base import ObjectStore
@@ -45,14 +45,18 @@ class KnownShards:
             self._listing = asyncio.create_task(self._list())
             self._listing.add_done_callback(_take_result)
 
-    async def find(self) -> Sequence[Shard]:
+    async def find(self, *, must_know: bool = True) -> Sequence[Shard]:
         """The rectangles that are known, the whole model first, the larger before the smaller.
 
-        Waits for a listing that is under way. Raises `StoreError` where the store fails; where it refuses to list, the
-        whole model alone is known, and that is said once.
+        Waits for a listing that is under way. Raises `StoreError` where the store fails, if the caller `must_know`;
+        where it refuses to list, the whole model alone is known, and that is said once.
         """
-        if self._listing is not None:
-            await asyncio.shield(self._listing)
+        try:
+            if self._listing is not None:
+                await asyncio.shield(self._listing)
+        except StoreUnavailableError:
+            if must_know:
+                raise
         return self._shards
 
     async def mark(self, shard: Shard) -> None:

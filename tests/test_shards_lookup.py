@@ -215,7 +215,9 @@ async def test_where_listing_fails_a_miss_is_a_failure_and_not_a_miss(monkeypatc
             patch.setattr(store.objects, "list", fail)
             with pytest.raises(StoreUnavailableError, match="down"):
                 await store.lookup(TOKENS)
-        assert (await store.lookup(TOKENS)).tokens == 2 * CHUNK
+            saved = await store.save(TOKENS, draw_kv())
+            assert (saved.chunks_new, saved.chunks_present) == (2, 2), "a save goes on without"
+        assert (await store.lookup(TOKENS)).tokens == WHOLE
 
 
 @pytest.mark.parametrize("name", ["l0-4.h0-9", "l0-4.h0-2.bak", "l00-4.h0-2"])
