@@ -70,6 +70,8 @@ class RigOptions:
     longest: int = 1024
     prefix_caching: bool = True
     ranks: int = 1
+    watched: bool = True
+    """Whether all blocks are compared before and after each step; what requests use is compared in any case."""
     measured: bool = False
     """Whether the speed of this engine, which computes nothing, decides what is worth a lookup or a load."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -92,13 +94,17 @@ class Asked:
 
 
 class Rig:
-    """An engine in one thread. Use as a context manager; leaving it closes the connector and checks nothing."""
+    """An engine in one thread. Use as a context manager; leaving it closes the connector and checks nothing.
+
+    `spent` and `worked` are the seconds that each call on the scheduler's thread took, by the clock and of the CPU.
+    """
 
     def __init__(self, store: str, options: RigOptions | None = None, faults: Faults | None = None) -> None:
         self.options = options = options or RigOptions()
         self.formula = Formula(options.shape)
         self.faults = faults or Faults()
         self.spent: dict[str, list[float]] = {name: [] for name in SCHEDULER_CALLS}
+        self.worked: dict[str, list[float]] = {name: [] for name in SCHEDULER_CALLS}
         self.counts: dict[str, float] = {}
         self.asked: dict[str, Asked] = {}
         self.finished: dict[str, Asked] = {}
@@ -213,9 +219,9 @@ class Rig:
         half = self.scheduler.connector._scheduler
         assert not half._requests, "the scheduler's half remembers requests that are gone"
 
-    def percentile(self, share: float) -> dict[str, float]:
-        """Seconds that a share of the calls on the scheduler's thread took at most, by call."""
-        return {name: sorted(spent)[int(share * (len(spent) - 1))] for name, spent in self.spent.items() if spent}
+    def until(self, request_id: str, status: RequestStatus) -> Callable[[], bool]:
+        """For `run`: the request has come to `status`, or has ended without (a busy machine may be late for a load)."""
+        return lambda: request_id not in self.asked or self.status(request_id) == status
 
     def _describe(self) -> str:
         states = {name: str(request.status) for name, request in self.scheduler.requests.items()}
@@ -266,7 +272,7 @@ class Rig:
             rank.connector.handle_preemptions(output.kv_connector_metadata)
             if not output.num_scheduled_tokens:
                 result = KVConnectorModelRunnerMixin.kv_connector_no_forward(output, self.config).kv_connector_output
-                wrong: dict[int, set[str]] = {}
+                wrong: dict[str, set[int]] = {}
             else:
                 with (
                     set_forward_context(None, self.config),
@@ -276,9 +282,9 @@ class Rig:
         finally:
             transfer_state._KV_CONNECTOR_AGENT = None
         invalid = result.invalid_block_ids if result else set()
-        for block, names in wrong.items():
-            assert block in invalid, f"{sorted(names)} computed from wrong KV in block {block}"
-            spoilt |= names
+        for name, blocks in wrong.items():  # vLLM forgets the step of a request that has a block which is reported
+            assert invalid & set(self._used_blocks(name, output)), f"{name} computed from wrong KV in blocks {blocks}"
+            spoilt.add(name)
         for name in (result.finished_recving or ()) if result else ():
             rank.pages.close_to_load(name)
         for name, is_async in self._loads_of_step:
@@ -290,24 +296,28 @@ class Rig:
         for name, _ in self._loads_of_step:
             rank.pages.open_to_load(name, self._load_blocks[name])
 
-    def _forward(self, rank: _Rank, output: Any) -> dict[int, set[str]]:
-        """Layer by layer: wait, compute, look at what that used. Returns the blocks that were wrong, and whose."""
-        wrong: dict[int, set[str]] = {}
-        bad: set[str] = set()
+    def _forward(self, rank: _Rank, output: Any) -> dict[str, set[int]]:
+        """Layer by layer: wait, compute, look at what that used. Returns whose KV was wrong, in which blocks."""
+        wrong: dict[str, set[int]] = {}
         for layer, name in enumerate(rank.layer_names):
             rank.connector.wait_for_layer_load(name)
             work = list(self._work(output))
             for request_id, table, prefixes, begin, end in work:  # a request may go on from what another computes now
-                if request_id in bad:
+                if request_id in wrong:
                     rank.pages.spoil(layer, table, begin, end)
                 else:
                     rank.pages.write(layer, table, prefixes, begin, end)
             for request_id, table, prefixes, begin, _ in work:
-                for block in rank.pages.wrong_blocks(layer, table, prefixes, begin):
-                    wrong.setdefault(block, set()).add(request_id)
-                    bad.add(request_id)
+                if blocks := set(rank.pages.wrong_blocks(layer, table, prefixes, begin)):
+                    wrong.setdefault(request_id, set()).update(blocks)
             rank.connector.save_kv_layer(name, rank.pages.tensor[layer], None)
         return wrong
+
+    def _used_blocks(self, request_id: str, output: Any) -> list[int]:
+        """Blocks of the tokens that were computed before this step."""
+        begin = self.scheduler.requests[request_id].num_computed_tokens - output.num_scheduled_tokens[request_id]
+        (table,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        return table[: -(-begin // self.options.shape.block_tokens)]
 
     def _work(self, output: Any) -> Iterator[tuple[str, list[int], list[int], int, int]]:
         for request_id, scheduled in output.num_scheduled_tokens.items():
@@ -329,7 +339,7 @@ class Rig:
         return outputs[0] if len(outputs) == 1 else self._aggregator.aggregate(outputs)
 
     def _check_untouched(self, when: str) -> None:
-        for rank in self.ranks:
+        for rank in self.ranks if self.options.watched else ():
             rank.pages.check_untouched(f"step {self.steps}, {when}")
 
     def _watch_connector(self) -> None:
@@ -360,14 +370,15 @@ class Rig:
         connector.get_num_new_matched_tokens, connector.update_state_after_alloc = note_match, note_allocation
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        spent = self.spent[name]
+        spent, worked = self.spent[name], self.worked[name]
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin, begin_work = time.perf_counter(), time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
                 spent.append(time.perf_counter() - begin)
+                worked.append(time.thread_time() - begin_work)
 
         return timed
 
@@ -376,8 +387,8 @@ class Rig:
 
         def get_new_blocks(count: int) -> Any:
             blocks = allocate(count)
+            self._check_untouched("when blocks are handed out")
             for rank in self.ranks:
-                rank.pages.check_untouched("before blocks are handed out")
                 rank.pages.poison([block.block_id for block in blocks])
             return blocks
 

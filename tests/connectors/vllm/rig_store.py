@@ -29,6 +29,8 @@ class Faults:
     out: bool = False
     """Every request fails at once."""
     calls: dict[str, int] = field(default_factory=dict)
+    created: list[str] = field(default_factory=list)
+    """Keys of objects that were not there before."""
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -38,6 +40,11 @@ class Faults:
         """The store is well from now on."""
         self.delay_s, self.out = (0.0, 0.0), False
         self.unavailable = self.busy = self.damaged = self.vanished = 0.0
+
+    @property
+    def chunks_created(self) -> int:
+        """Objects of chunks among `created`; each has a name such as l0-2.h0-2."""
+        return sum(key.rpartition("/")[2].startswith("l0-") and "/shards/" not in key for key in self.created)
 
     def throw(self, share: float) -> bool:
         with self._lock:
@@ -71,7 +78,10 @@ class FaultyStore:
         self, key: str, data: Buffer, *, metadata: Mapping[str, str] | None = None, replace: bool = False
     ) -> bool:
         await self._meet("put")
-        return await self._inner.put(key, data, metadata=metadata, replace=replace)
+        created = await self._inner.put(key, data, metadata=metadata, replace=replace)
+        if created:
+            self._faults.created.append(key)
+        return created
 
     async def head(self, key: str) -> ObjectInfo | None:
         await self._meet("head")

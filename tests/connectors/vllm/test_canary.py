@@ -95,7 +95,7 @@ def test_blocks_of_a_load_that_was_aborted_are_not_handed_out_before_its_last_wr
     with Rig("faulty://canary", options, Faults(delay_s=(0.0, 0.06), seed=3)) as rig:
         for round_number in range(12):
             name = rig.ask(PROMPT)
-            rig.run(until=lambda name=name: rig.status(name) == RequestStatus.WAITING_FOR_REMOTE_KVS)
+            rig.run(until=rig.until(name, RequestStatus.WAITING_FOR_REMOTE_KVS))
             next_one = rig.ask(tokens(300, seed=round_number), answer=2)
             for _ in range(round_number % 4):
                 rig.step()

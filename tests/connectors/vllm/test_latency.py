@@ -9,28 +9,44 @@ pytestmark = pytest.mark.engine
 
 from connectors.vllm.rig import Rig, RigOptions, tokens  # noqa: E402
 from connectors.vllm.rig_store import Faults  # noqa: E402
-from connectors.vllm.rig_traffic import Habits, Traffic  # noqa: E402
 
-SLOW = Faults(delay_s=(0.5, 0.5))
+SLOW_S = 0.5
 LONG = 100_000
+REQUESTS = 1000
 
 
 def test_every_call_of_the_scheduler_takes_a_millisecond_at_most():
+    """A new request at each step or two, some of them seen before, some aborted, one of 100,000 tokens."""
     options = RigOptions(
-        blocks=LONG // 32 + 600,
+        blocks=LONG // 32 + 2000,
         longest=LONG + 100,
         step_tokens=8192,
-        running=64,
+        running=256,
         chunk_tokens=256,
+        extra={"lookup_deadline_s": 2.0},
         prefix_caching=False,
+        watched=False,
     )
-    with Rig("faulty://latency", options, SLOW) as rig:
-        traffic = Traffic(rig, Habits(requests=1000, longest=1000, at_once=128, aborts=0.05), seed=1)
+    prompts = [tokens(260 + number % 7 * 50, seed=number) for number in range(REQUESTS // 4)]
+    with Rig("faulty://latency", options, Faults(delay_s=(SLOW_S, SLOW_S))) as rig:
         rig.ask(tokens(LONG), answer=2)
-        traffic.run(limit_s=100)
+        for number in range(REQUESTS):
+            name = rig.ask(prompts[number % len(prompts)], answer=2, salt=f"tenant {number % 2}")
+            rig.run(until=iter((False,) * (number % 2 + 1) + (True,)).__next__)
+            if number % 20 == 0:
+                rig.abort(name)
+        rig.run()
         rig.check_nothing_left()
-        assert len(rig.finished) + sum(traffic.aborted_in.values()) == 1001
-        slowest = rig.percentile(0.99)
-        assert len(rig.spent["on_new_request"]) == 1001
-    late = {name: f"{seconds * 1000:.2f} ms" for name, seconds in slowest.items() if seconds > 0.001}
-    assert not late, f"99th percentiles above a millisecond: {late}; all: {slowest}"
+        assert len(rig.spent["on_new_request"]) == REQUESTS + 1
+        assert sum(rig.external.values()) > 0
+    # By the clock, a busy machine may take a processor away at any moment, so there the bound is the store's delay.
+    worked = {name: f"{percentile(spent, 0.99) * 1000:.2f} ms" for name, spent in rig.worked.items() if spent}
+    by_clock = {name: f"{percentile(spent, 0.99) * 1000:.2f} ms" for name, spent in rig.spent.items() if spent}
+    print(f"99th percentiles: work {worked}, by the clock {by_clock}")
+    assert max(percentile(spent, 0.99) for spent in rig.worked.values() if spent) <= 0.001, worked
+    assert max(percentile(spent, 0.9) for spent in rig.spent.values() if spent) <= 0.02, by_clock
+    assert max(max(spent) for spent in rig.spent.values() if spent) < SLOW_S, "a call waited for the store"
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]

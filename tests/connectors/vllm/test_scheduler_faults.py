@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs the engine environment: make test-engine")
@@ -26,10 +28,17 @@ FAULTS = {
 }
 
 
+MODES = {
+    "between steps": RigOptions(blocks=32, prefix_caching=False, settings=QUICK, extra=PATIENCE),
+    "by layer": RigOptions(blocks=32, settings=QUICK, extra={**PATIENCE, "load_mode": "by-layer"}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FAULTS)
-def test_faults_end_in_computing(name: str):
-    faults, store = FAULTS[name], f"faulty://faults-{name.replace(' ', '-')}"
-    options = RigOptions(blocks=32, prefix_caching=False, settings=QUICK, extra=PATIENCE)
+def test_faults_end_in_computing(name: str, mode: str):
+    faults, store = replace(FAULTS[name], calls={}, created=[]), f"faulty://faults-{name}-{mode}".replace(" ", "-")
+    options = MODES[mode]
     with Rig(store, options, faults) as rig:
         traffic = Traffic(rig, Habits(requests=100), seed=len(name))
         traffic.run()
@@ -109,10 +118,10 @@ def test_an_abort_at_any_moment_gives_everything_back(moment: str):
                 prompt = tokens(400, seed=rig.steps)
             name = rig.ask(prompt)
             if moment == "in the middle of a step":
-                rig.run(until=lambda name=name: rig.status(name) == RequestStatus.WAITING_FOR_REMOTE_KVS)
+                rig.run(until=rig.until(name, RequestStatus.WAITING_FOR_REMOTE_KVS))
                 rig.step(during=lambda name=name: rig.abort(name))
             else:
-                rig.run(until=lambda name=name: rig.status(name) == RequestStatus[moment])
+                rig.run(until=rig.until(name, RequestStatus[moment]))
                 rig.abort(name)
             others = rig.ask(tokens(300, seed=rig.steps))  # takes over the blocks as soon as it can
             rig.run(until=lambda others=others: others in rig.finished)
