@@ -56,7 +56,7 @@ def pair(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair
     folder = tmp_path_factory.mktemp("disaggregated")
     store = folder / "store"
     with (
-        Engine(folder / "prefill.log", environment(), **arguments(llama, store, "kv_both")) as prefill,
+        Engine(folder / "prefill.log", environment(), **arguments(llama, store, "kv_producer")) as prefill,
         Engine(folder / "decode.log", environment(), **arguments(llama, store, "kv_consumer")) as decode,
     ):
         prefill.answer(), decode.answer()
