@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from kvstore_s3.connectors.vllm.scheduler_side import SchedulerSide
 from kvstore_s3.connectors.vllm.startline import describe
 from kvstore_s3.connectors.vllm.worker_side import WorkerSide
 from kvstore_s3.errors import KVStoreError
+from kvstore_s3.hashing import KEY_BYTES
 from kvstore_s3.planner import PrefillSpeed
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def make_scheduler_side(
     events = EventLog.of_engine(config, options.chunk_tokens)
     resources.callback(_remember, path, meter)
     store.runtime.submit(_remember_now_and_then(path, meter))
-    store.runtime.submit(_get_ready(kv, health))
+    store.runtime.submit(_get_ready(kv, health, looks_up=True))
     log.info(
         describe(
             store=kv.objects.url,
@@ -139,11 +140,14 @@ async def _remember_now_and_then(path: Path, meter: PrefillMeter) -> None:
         await asyncio.to_thread(_remember, path, meter)
 
 
-async def _get_ready(kv: KVStore, health: StoreHealth) -> None:
-    """Do what the first request would wait for: make the client, find credentials, open connections."""
+async def _get_ready(kv: KVStore, health: StoreHealth, *, looks_up: bool = False) -> None:
+    """Do what the first request would wait for: make the client, find credentials, open connections, list markers."""
     await health.check()
     if not health.available:
         return
+    if looks_up:
+        with suppress(KVStoreError):
+            await kv.lookup_keys([bytes(KEY_BYTES)])  # of no prompt
     heads = [kv.objects.head(f"{kv.namespace.hex}/namespace.json") for _ in range(_CONNECTIONS)]
     for result in await asyncio.gather(*heads, return_exceptions=True):
         if isinstance(result, KVStoreError):
