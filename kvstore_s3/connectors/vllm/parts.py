@@ -97,6 +97,7 @@ def make_scheduler_side(
             saves=role.saves,
             ranks=role.ranks,
             events=events is not None,
+            stop_waits=getattr(config, "shutdown_timeout", 1) != 0,
         )
     )
     porter = Porter(store.runtime)

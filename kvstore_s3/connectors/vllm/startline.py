@@ -25,8 +25,12 @@ def describe(
     saves: bool,
     ranks: int = 1,
     events: bool = False,
+    stop_waits: bool = True,
 ) -> str:
-    """What the connector of one engine does. `ranks`: workers that hold a shard each."""
+    """What the connector of one engine does. `ranks`: workers that hold a shard each.
+
+    `stop_waits`: whether vLLM gives its workers time when it is told to stop.
+    """
     role = {(True, True): "loads and saves", (True, False): "loads only", (False, True): "saves only"}
     told = [
         f"KV store {store}: {role.get((loads, saves), 'off')}",
@@ -41,6 +45,8 @@ def describe(
         told.append(f"{ranks} shards")
     if events:
         told.append("KV events on")
+    if saves and not stop_waits:
+        told.append("a server that is told to stop loses saves under way (--shutdown-timeout is 0)")
     return ", ".join(told)
 
 

@@ -43,3 +43,9 @@ def test_what_is_not_the_default_is_said():
 def test_saving_at_the_second_sight_is_said_where_anything_is_saved():
     assert "saved at sight 2" in line(save_at=2)
     assert "sight" not in line(save_at=2, saves=False)
+
+
+def test_a_server_that_would_lose_saves_when_it_stops_says_so() -> None:
+    assert "--shutdown-timeout" not in line(stop_waits=True)
+    assert "--shutdown-timeout" in line(stop_waits=False)
+    assert "--shutdown-timeout" not in line(stop_waits=False, saves=False)
