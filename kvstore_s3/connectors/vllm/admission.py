@@ -39,6 +39,8 @@ ENOUGH = 3
 
 _WAITS = 15
 _LOADS = 16
+_FITS = 4
+"""Rounds of a fit, each of which brings it closer, that new loads are worth at most."""
 _FADE = 0.9
 
 SHORT = "short"
@@ -53,6 +55,7 @@ class LoadCosts:
     def __init__(self) -> None:
         self._fit = LinearFit((0.0, 0.0), window=_LOADS)
         """Features: bytes, one."""
+        self._new = 0
         self._last = float("-inf")
 
     def note(self, size: int, seconds: float, now: float) -> None:
@@ -61,12 +64,15 @@ class LoadCosts:
         if now - self._last > LIFETIME_S:
             self._fit.clear()
         self._fit.add((size, 1.0), seconds)
-        self._fit.fit()
+        self._new += 1
         self._last = now
 
     def seconds(self, size: float, now: float) -> float | None:
         if self._fit.samples < ENOUGH or now - self._last > LIFETIME_S:
             return None
+        for _ in range(min(self._new, _FITS)):  # loads end in bunches: fitted together, when it is asked for
+            self._fit.fit()
+        self._new = 0
         by_byte, fixed = self._fit.coefficients
         return float(fixed + size * by_byte)
 

@@ -36,8 +36,13 @@ class SaveBudget:
         return self._taken
 
 
+_AT_ONCE = 4
+"""Saves at a time: `KVStore.save_keys` encodes and uploads the chunks of one in parallel, but waits for the store in
+between."""
+
+
 class Saver:
-    """Carries out saves, one after the other: `KVStore.save` encodes and uploads the chunks of one in parallel."""
+    """Carries out saves, in the order they come."""
 
     def __init__(
         self, kv: KVStore, health: StoreHealth, tally: Tally, *, on_end: Callable[[SaveReport, int], None]
@@ -46,13 +51,13 @@ class Saver:
         self._health = health
         self._tally = tally
         self._on_end = on_end
-        self._turn = asyncio.Lock()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     async def save(self, order: SaveOrder, kv: torch.Tensor) -> None:
         """Save `kv`, the order's tokens; `on_end` is called in any case, once, with the bytes that `kv` held."""
         report = SaveReport(order.save_id, stored=False)
         try:
-            async with self._turn:
+            async with self._turns:
                 report = await self._try_save(order, kv)
         finally:
             self._on_end(report, kv.nbytes)

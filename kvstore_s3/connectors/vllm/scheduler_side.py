@@ -66,6 +66,7 @@ class SchedulerSide:
         self._requests: dict[str, RequestState] = {}
         self._loads = LoadsUnderWay(role.ranks, lifetime_s=kv.settings.verdict_lifetime_s)
         self._saves = SaveOrders(role, admission, health, tally, events, chunk_tokens=self._chunk_tokens)
+        self._porter = porter
         self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
         self._outcomes = Outcomes(kv, tally, role, meter, self._loads)
         self._manager: KVCacheManager | None = None
@@ -173,7 +174,9 @@ class SchedulerSide:
         if not output.total_num_scheduled_tokens:
             asked = any(state.lookup is not None for state in self._requests.values())
             idle_s = _LOADING_WAIT_S if self._loads.any else _LOOKUP_WAIT_S if asked else 0.0
-        return StepOrders(loads, tuple(saves), idle_s, self._epoch)
+        orders = StepOrders(loads, tuple(saves), idle_s, self._epoch)
+        self._porter.send()  # last, as other threads go on from here
+        return orders
 
     def end_step(self) -> list[KVCacheEvent]:
         """The engine has the results of a step; what there is to tell whoever follows its cache."""
