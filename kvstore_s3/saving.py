@@ -84,6 +84,8 @@ class Saver:
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
         encoding = await self._choose_encoding(prefix_quality, chunks[0].shard) if missing else None
         if encoding is None:
+            if chunks:
+                await self._shards.mark(chunks[0].shard)  # it may have been removed with old objects
             return Saved(0, len(chunks), 0, self._quality.name)
         if isinstance(self._objects, GuardedStore):
             self._objects.check_writable()
@@ -153,12 +155,12 @@ class Saver:
             log.warning("%s is damaged and cannot be removed: %s", key, error)
 
     async def _describe_namespace(self, shard: Shard) -> None:
-        """Put the namespace's JSON beside the data, for people, and the shard's marker, for readers; once."""
+        """Put the namespace's JSON beside the data, once, for people, and the shard's marker, for readers."""
         if not self._described:
             name = self._namespace
             await self._objects.put(f"{name.hex}/namespace.json", name.to_json().encode("ascii"))
-            await self._shards.mark(shard)
             self._described = True
+        await self._shards.mark(shard)
 
 
 def fits_shard(calibration: Calibration, shard: Shard, layout: KVLayout) -> bool:

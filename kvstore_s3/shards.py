@@ -37,7 +37,7 @@ class KnownShards:
         self._shards: tuple[Shard, ...] = (namespace.layout.full_shard,)
         self._until = float("-inf")
         self._listing: asyncio.Task[None] | None = None
-        self._marked = False
+        self._marked_until = float("-inf")
 
     def refresh_soon(self) -> None:
         """Begin to list the markers, unless they are known or being listed."""
@@ -60,11 +60,14 @@ class KnownShards:
         return self._shards
 
     async def mark(self, shard: Shard) -> None:
-        """Tell readers that objects of `shard` are written here: before the first of them, once."""
-        if self._marked or shard == self._namespace.layout.full_shard:
+        """Tell readers that objects of `shard` are written here: before the first of them, and again now and then.
+
+        A lifecycle rule removes the oldest objects first, and those are the markers.
+        """
+        if time.monotonic() < self._marked_until or shard == self._namespace.layout.full_shard:
             return
         await self._objects.put(marker_key(self._namespace.hex, shard), f"{shard.name}\n".encode("ascii"))
-        self._marked = True
+        self._marked_until = time.monotonic() + self._lifetime_s
 
     async def close(self) -> None:
         """End a listing that nobody waits for. Safe to call twice."""

@@ -57,32 +57,44 @@ class Asking:
             self._porter.cancel(state.lookup)
             state.lookup = None
 
-    def is_waiting(self, state: RequestState) -> bool:
-        """Take the answer if it is there. True while there is none and it is worth waiting."""
+    def take(self, state: RequestState) -> None:
+        """Take the answer if it is there."""
         if state.lookup is None:
-            return False
+            return
         now = time.monotonic()
         if state.lookup.future is not None and state.lookup.done():
             self._take_answer(state, result_or_none(state.lookup.future), now)
-            return False
-        if state.may_load:
-            state.waiting_since = now if state.waiting_since is None else state.waiting_since
-            if not state.patient or now - state.waiting_since > state.limit_s:
-                state.may_load = False  # the answer may still come, and then tells what is to be saved
-                state.reason = "late" if state.patient else UNLIKELY
-                if state.patient:
-                    self._tally.add("kvstore_lookups_failed")
-                    self._tally.observe("kvstore_added_wait_seconds", now - state.waiting_since)
-                    self._admission.note_lookup(now - state.waiting_since)
-        if now - state.asked_at > self._options.lookup_deadline_s and self._health.available:
+        elif now - state.asked_at > self._options.lookup_deadline_s and self._health.available:
             error = late("lookup", self._options.lookup_deadline_s)
             self._porter.submit(lambda: self._health.report_soon(error))
-        return state.may_load
+
+    def is_waiting(self, state: RequestState, computed: int) -> bool:
+        """Take the answer if it is there. True while there is none and it is worth waiting.
+
+        `computed` tokens the engine has itself: what it has left to compute is what there is to gain.
+        """
+        self.take(state)
+        if state.lookup is None or not state.may_load:
+            return False
+        now = time.monotonic()
+        state.waiting_since = now if state.waiting_since is None else state.waiting_since
+        patience_s = self._admission.patience_s(computed, state.tokens, self._options.lookup_deadline_s)
+        state.limit_s = min(state.limit_s, patience_s)
+        if state.patient and now - state.waiting_since <= state.limit_s:
+            return True
+        state.may_load = False  # the answer may still come, and then tells what is to be saved
+        state.reason = "late" if state.patient else UNLIKELY
+        if state.patient:
+            state.waited_s = now - state.waiting_since
+            self._tally.add("kvstore_lookups_failed")
+            self._tally.observe("kvstore_added_wait_seconds", state.waited_s)
+            self._admission.note_lookup(state.waited_s)
+        return False
 
     def is_naming(self, state: RequestState) -> bool:
         """Whether the keys of a prompt are still to come. Computed in one step, it would be over before it could be
         saved: worth waiting for where another engine waits for what this one saves."""
-        self.is_waiting(state)
+        self.take(state)
         late = time.monotonic() - state.asked_at > self._options.lookup_deadline_s
         return state.lookup is not None and not late
 
@@ -102,7 +114,7 @@ class Asking:
             return
         state.stored = self.usable_tokens(state)
         self._tally.observe("kvstore_lookup_seconds", answer.seconds)
-        waited = 0.0 if state.waiting_since is None else now - state.waiting_since
+        waited = state.waited_s = 0.0 if state.waiting_since is None else now - state.waiting_since
         if state.may_load or not state.patient:  # else it was noted when it was late
             size = sum(chunk.size for chunk in answer.hit.chunks)
             self._admission.note_lookup(

@@ -94,8 +94,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             )
         else:
             shard = shard_of_rank(vllm_config, namespace.layout)
-            rank = vllm_config.parallel_config.rank
-            self._tally = Tally(f"rank {rank}", first=rank == 0)
+            self._tally = Tally(f"rank {vllm_config.parallel_config.rank}")
             store = self._resources.enter_context(
                 connect(options.store, namespace, worker_settings(settings, options), probe=False, shard=shard)
             )

@@ -14,9 +14,13 @@ LOST = {"damaged", "late", "store-out"}
 
 @dataclass(slots=True)
 class LoadUnderWay:
-    """One order, and what the ranks that have reported say together: the fewest tokens, the worst quality."""
+    """One order, and what the ranks that have reported say together: the fewest tokens, the worst quality.
+
+    `block_ids` are all blocks that the request had when it was ordered, from the first that the load fills on.
+    """
 
     order: LoadOrder
+    block_ids: tuple[int, ...]
     ranks_left: int
     good: int
     reason: str | None = None
@@ -44,6 +48,7 @@ class LoadsUnderWay:
         self._coming: dict[bytes, str] = {}
         self._bad_until: dict[bytes, float] = {}
         self._lossy: dict[bytes, str] = {}
+        self._forgotten = "lossless"  # the worst of chunks that were too many to remember
 
     @property
     def any(self) -> bool:
@@ -54,9 +59,10 @@ class LoadsUnderWay:
         """Whether loads by layer were ordered for the step that is being scheduled."""
         return any(order.by_layer for order in self._new)
 
-    def add(self, order: LoadOrder) -> None:
+    def add(self, order: LoadOrder, block_ids: Sequence[int]) -> None:
+        """`block_ids`: see `LoadUnderWay`."""
         self._new.append(order)
-        self._loads[order.request_id] = LoadUnderWay(order, self._ranks, order.tokens.end)
+        self._loads[order.request_id] = LoadUnderWay(order, tuple(block_ids), self._ranks, order.tokens.end)
         for key in () if order.follow else order.keys:  # what another engine computes may take its time
             self._coming.setdefault(key, order.request_id)
 
@@ -88,12 +94,14 @@ class LoadsUnderWay:
             if load.quality != "lossless":
                 self._lossy[key] = worst_quality((load.quality, self._lossy.pop(key, "lossless")))
         while len(self._lossy) > _MOST_LOSSY:
-            del self._lossy[next(iter(self._lossy))]
+            self._forgotten = worst_quality((self._forgotten, self._lossy.pop(next(iter(self._lossy)))))
         return load
 
     def quality_of(self, keys: Iterable[bytes]) -> str:
         """The worst quality at which the engine may hold these chunks, or what it computed from them."""
-        return worst_quality(tuple(self._lossy.get(key, "lossless") for key in keys) or ("lossless",))
+        if not self._lossy:
+            return "lossless"
+        return worst_quality([self._forgotten, *(self._lossy.get(key, "lossless") for key in keys)])
 
     def avoid(self, key: bytes, now: float) -> None:
         """Do not count the chunk as stored for a while."""

@@ -41,8 +41,7 @@ TIERS = ("host", "nvme", "store")
 class Metric:
     """One metric; Prometheus calls it `vllm:<name>`, a counter `vllm:<name>_total`.
 
-    `values` are the label's values that there are from the start, at zero. What is counted `once` is the same on every
-    rank, and counted on the first; the rest is each rank's own. Gauges have a label "process" beside `label`.
+    `values` are the label's values that there are from the start, at zero. Gauges have a label "process" beside it.
     """
 
     kind: Kind
@@ -50,7 +49,6 @@ class Metric:
     label: str = ""
     values: Sequence[str] = ()
     buckets: Sequence[float] = ()
-    once: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -58,8 +56,8 @@ class Metric:
         return (*own, "process") if self.kind == "gauge" else own
 
 
-def _counter(text: str, label: str = "", values: Iterable[str] = (), *, once: bool = False) -> Metric:
-    return Metric("counter", text, label, tuple(values), once=once)
+def _counter(text: str, label: str = "", values: Iterable[str] = ()) -> Metric:
+    return Metric("counter", text, label, tuple(values))
 
 
 def _gauge(text: str, label: str = "", values: Iterable[str] = ()) -> Metric:
@@ -94,13 +92,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         # Loads.
         "kvstore_loads": _counter("Loads from the KV store that were started."),
         "kvstore_loads_failed": _counter(
-            "Loads that ended before all was there, by reason; the rest is computed.", "reason", ENDS, once=True
+            "Loads that ended before all was there, by reason; the rest is computed.", "reason", ENDS
         ),
         "kvstore_loads_shared": _counter("Requests that waited for another one's load of the same prefix."),
         "kvstore_load_seconds": Metric("histogram", "Duration of loads that brought tokens.", buckets=SLOW),
-        "kvstore_tokens_loaded": _counter(
-            "Prompt tokens whose KV was read from the KV store.", "quality", QUALITIES, once=True
-        ),
+        "kvstore_tokens_loaded": _counter("Prompt tokens whose KV was read from the KV store.", "quality", QUALITIES),
         "kvstore_bytes_read": _counter("Encoded bytes that were read, by where they came from.", "tier", TIERS),
         "kvstore_bytes_kept": _counter("Encoded bytes that a tier took over.", "tier", TIERS[:2]),
         "kvstore_loads_given_up": _counter("Loads that the planner ended because computing was faster."),
@@ -108,16 +104,14 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "kvstore_levels_left_out": _counter("Levels of quality that were not read because there was no time."),
         "kvstore_chunks_lost": _counter("Chunks that were found damaged, short, swapped or gone when they were read."),
         # Saves.
-        "kvstore_saves": _counter("Saves to the KV store that ended well.", once=True),
-        "kvstore_saves_failed": _counter("Saves that failed.", once=True),
-        "kvstore_saves_shed": _counter(
-            "Saves that were dropped because too much was waiting or the store was out.", once=True
-        ),
+        "kvstore_saves": _counter("Saves to the KV store that ended well."),
+        "kvstore_saves_failed": _counter("Saves that failed."),
+        "kvstore_saves_shed": _counter("Saves that were dropped because too much was waiting or the store was out."),
         "kvstore_not_saved": _counter("Requests or parts of them that were not saved, by reason.", "reason", NOT_SAVED),
         "kvstore_save_seconds": Metric(
             "histogram", "Duration of saves, from the blocks' copy to the last answer.", buckets=SLOW
         ),
-        "kvstore_tokens_saved": _counter("Prompt tokens whose KV was newly written to the KV store.", once=True),
+        "kvstore_tokens_saved": _counter("Prompt tokens whose KV was newly written to the KV store."),
         "kvstore_bytes_saved": _counter("Bytes written to the KV store."),
         # The store and its tiers, as each process sees them.
         "kvstore_store_events": _counter("What happened between the process and the store; see the docs.", "event"),

@@ -33,13 +33,17 @@ class LoadOrder:
 
 @dataclass(frozen=True, slots=True)
 class SaveOrder:
-    """Save `tokens` of a request, whole chunks of these `keys`, which lie in `block_ids` after this step."""
+    """Save `tokens` of a request, whole chunks of these `keys`, which lie in `block_ids` after this step.
+
+    `quality` is the worst of what they are or were computed from.
+    """
 
     save_id: int
     request_id: str
     tokens: TokenRange
     block_ids: tuple[int, ...]
     keys: tuple[bytes, ...]
+    quality: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,10 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class SaveReport:
-    """A save ended on one rank; `stored` says whether all of it is in the store now, `new` how many bytes it wrote."""
+    """A save ended on one rank, and what it wrote. `end`: "stored", all of it is in the store now; "failed"; "shed"."""
 
     save_id: int
-    stored: bool
+    end: str
     new_tokens: int = 0
     new_bytes: int = 0
 

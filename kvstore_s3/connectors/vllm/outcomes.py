@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from kvstore_s3.connectors.vllm.costs import PrefillMeter
@@ -44,6 +43,9 @@ class Outcomes:
         """A load has ended on all ranks; `state` is None where its request is gone."""
         order, good = load.order, load.good
         tokens = order.tokens
+        self._tally.add("kvstore_tokens_loaded", good - tokens.begin, label=load.quality)
+        if good < tokens.end:
+            self._tally.add("kvstore_loads_failed", label=load.reason or "given-up")
         if good > tokens.begin:
             self._tally.observe("kvstore_load_seconds", load.seconds)
             saved_s = (self._meter.seconds(tokens.begin, good) or 0.0) - load.seconds
@@ -55,7 +57,7 @@ class Outcomes:
         state.outcome = outcome_of(state.loaded, complete - tokens.begin)
         if good < tokens.end:
             state.reason = load.reason or "given-up"
-        self._tally.observe("kvstore_added_wait_seconds", time.monotonic() - state.asked_at)
+        self._tally.observe("kvstore_added_wait_seconds", state.waited_s + load.seconds)
 
     def finish(self, state: RequestState) -> dict[str, Any] | None:
         """A request has ended. What to tell its client, where something was loaded for it."""

@@ -117,6 +117,8 @@ def _model_reasons(config: VllmConfig) -> Iterator[str]:
         yield "the model uses multi-head latent attention (MLA)"
     if model.hf_overrides:
         yield "hf_overrides change the model beyond what its directory says (write them into its config.json)"
+    if model.hf_config_path and model.hf_config_path != model.model:
+        yield "hf_config_path takes the model's config from another place than its weights (put both in one directory)"
     load_format = str(config.load_config.load_format)
     if load_format not in _WEIGHTS_AS_STORED:
         yield f"load_format is {load_format!r}, so the weights are not those in the model's directory"

@@ -49,6 +49,7 @@ class RequestState:
     asked_at: float = 0.0
     limit_s: float = 0.0
     waiting_since: float | None = None
+    waited_s: float = 0.0
     answer: Answer | None = None
     seen: int | None = None
     # Load and save.

@@ -55,7 +55,7 @@ class Saver:
 
     async def save(self, order: SaveOrder, kv: torch.Tensor) -> None:
         """Save `kv`, the order's tokens; `on_end` is called in any case, once, with the bytes that `kv` held."""
-        report = SaveReport(order.save_id, stored=False)
+        report = SaveReport(order.save_id, "failed")
         try:
             async with self._turns:
                 report = await self._try_save(order, kv)
@@ -63,25 +63,18 @@ class Saver:
             self._on_end(report, kv.nbytes)
 
     async def _try_save(self, order: SaveOrder, kv: torch.Tensor) -> SaveReport:
-        not_stored = SaveReport(order.save_id, stored=False)
         if not self._health.available:
-            self._tally.add("kvstore_saves_shed")
-            return not_stored
+            return SaveReport(order.save_id, "shed")
         begun = time.monotonic()
         try:
-            # What lies before may have been loaded, also by a request that left its blocks in the engine's cache.
-            quality = (self._kv.settings.lowest_profile or self._kv.quality.name) if order.tokens.begin else "lossless"
-            saved = await self._kv.save_keys(order.keys, kv, first_token=order.tokens.begin, prefix_quality=quality)
+            saved = await self._kv.save_keys(
+                order.keys, kv, first_token=order.tokens.begin, prefix_quality=order.quality
+            )
         except StoreBusyError:  # writes are put off while reads go on
-            self._tally.add("kvstore_saves_shed")
-            return not_stored
+            return SaveReport(order.save_id, "shed")
         except KVStoreError as error:
-            self._tally.add("kvstore_saves_failed")
             self._health.report(error)
-            return not_stored
-        self._tally.add("kvstore_saves")
+            return SaveReport(order.save_id, "failed")
         self._tally.observe("kvstore_save_seconds", time.monotonic() - begun)
         tokens = saved.chunks_new * self._kv.namespace.chunk_tokens
-        self._tally.add("kvstore_tokens_saved", tokens)
-        self._tally.add("kvstore_bytes_saved", saved.bytes)
-        return SaveReport(order.save_id, stored=True, new_tokens=tokens, new_bytes=saved.bytes)
+        return SaveReport(order.save_id, "stored", tokens, saved.bytes)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kvstore_s3.connectors.vllm.admission import Admission
 from kvstore_s3.connectors.vllm.events import EventLog
 from kvstore_s3.connectors.vllm.health import StoreHealth
+from kvstore_s3.connectors.vllm.loading import LoadsUnderWay
 from kvstore_s3.connectors.vllm.messages import SaveOrder, SaveReport
 from kvstore_s3.connectors.vllm.plans import TokenRange, plan_save, spanned_blocks
 from kvstore_s3.connectors.vllm.requests import RequestState, Role
@@ -17,6 +18,11 @@ from kvstore_s3.connectors.vllm.stats import Tally
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+
+
+_ENDS = ("stored", "shed", "failed")
+"""How a save may end, the worst last."""
+_COUNTERS = {"stored": "kvstore_saves", "shed": "kvstore_saves_shed", "failed": "kvstore_saves_failed"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +42,7 @@ class SaveUnderWay:
     order: SaveOrder
     ranks_left: int
     told: Told | None
-    stored: bool = True
+    end: str = "stored"
     new_tokens: int = 0
     new_bytes: int = 0
 
@@ -51,6 +57,7 @@ class SaveOrders:
         health: StoreHealth,
         tally: Tally,
         events: EventLog | None,
+        loads: LoadsUnderWay,
         *,
         chunk_tokens: int,
     ) -> None:
@@ -59,6 +66,7 @@ class SaveOrders:
         self._health = health
         self._tally = tally
         self._events = events
+        self._loads = loads
         self._chunk_tokens = chunk_tokens
         self._ids = itertools.count()
         self._saves: dict[int, SaveUnderWay] = {}
@@ -84,15 +92,18 @@ class SaveOrders:
         """One rank's save has ended. The keys of the chunks that are stored now, once all ranks have ended it."""
         save = self._saves[report.save_id]
         save.ranks_left -= 1
-        save.stored &= report.stored
+        save.end = max(save.end, report.end, key=_ENDS.index)
         save.new_tokens = max(save.new_tokens, report.new_tokens)
         save.new_bytes += report.new_bytes
         if save.ranks_left:
             return ()
         del self._saves[report.save_id]
         self._keys.difference_update(save.order.keys)
-        if not save.stored:
+        self._tally.add("kvstore_bytes_saved", save.new_bytes)
+        self._tally.add(_COUNTERS[save.end])
+        if save.end != "stored":
             return ()
+        self._tally.add("kvstore_tokens_saved", save.new_tokens)
         self._admission.note_save(save.new_tokens, save.new_bytes)
         if self._events is not None and save.told is not None:
             told, first = save.told, save.order.tokens.begin
@@ -123,7 +134,8 @@ class SaveOrders:
         first, end = tokens.begin // self._chunk_tokens, tokens.end // self._chunk_tokens
         block_ids = output.kv_connector_block_state.resolve_block_ids(request_id)[0]
         blocks = spanned_blocks(tokens, block_ids, block_tokens=self._role.block_tokens)
-        order = SaveOrder(next(self._ids), request_id, tokens, blocks, tuple(keys[first:end]))
+        quality = self._loads.quality_of(keys[:end])
+        order = SaveOrder(next(self._ids), request_id, tokens, blocks, tuple(keys[first:end]), quality)
         told = None
         if self._events is not None:
             parent = keys[first - 1] if first else None

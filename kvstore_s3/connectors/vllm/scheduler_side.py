@@ -65,7 +65,7 @@ class SchedulerSide:
         self._chunk_tokens = kv.namespace.chunk_tokens
         self._requests: dict[str, RequestState] = {}
         self._loads = LoadsUnderWay(role.ranks, lifetime_s=kv.settings.verdict_lifetime_s)
-        self._saves = SaveOrders(role, admission, health, tally, events, chunk_tokens=self._chunk_tokens)
+        self._saves = SaveOrders(role, admission, health, tally, events, self._loads, chunk_tokens=self._chunk_tokens)
         self._porter = porter
         self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
         self._outcomes = Outcomes(kv, tally, role, meter, self._loads)
@@ -115,12 +115,16 @@ class SchedulerSide:
             return 0, False
         if not self._role.loads or not state.may_load:
             return (None if state.wanted and self._asking.is_naming(state) else 0), False
+        whole = floor_to(floor_to(state.tokens, self._chunk_tokens), self._role.block_tokens)
+        state.local = computed
+        if computed >= whole and not state.wanted:
+            state.reason = "local"
+            return 0, False  # the engine has all that the store could give
         if request.num_preemptions != state.preemptions:  # its blocks are gone; what was saved since may help
             state.preemptions = request.num_preemptions
             self._asking.start(state)
-        if self._asking.is_waiting(state):
+        if self._asking.is_waiting(state, computed):
             return None, False
-        state.local = computed
         state.offered = self._plan_load(state, request, computed)
         if state.offered is None or state.answer is None:
             return 0, False
@@ -151,7 +155,7 @@ class SchedulerSide:
             by_layer=self._by_layer(state),
             follow=state.follow,
         )
-        self._loads.add(order)
+        self._loads.add(order, block_ids[tokens.begin // self._role.block_tokens :])
         self._tally.add("kvstore_loads")
 
     def build_orders(self, output: SchedulerOutput) -> StepOrders:
@@ -166,7 +170,8 @@ class SchedulerSide:
             state = self._requests.get(request_id)
             if request_id in unsure:  # what the step computes rests on a load that may fail: the next one saves it
                 continue
-            if state is not None and not self._asking.is_waiting(state):
+            if state is not None:
+                self._asking.take(state)
                 save = self._saves.order(request_id, state, span.end, output)
                 if save is not None:
                     saves.append(save)
@@ -255,8 +260,7 @@ class SchedulerSide:
         if deadline_s is not None:
             deadline_s = max(0.0, deadline_s - (now - state.arrived))
         per_layer = speed.seconds(tokens.end, state.tokens) / self._layers if self._by_layer(state) else 0.0
-        spent_s = 0.0 if state.waiting_since is None else now - state.waiting_since
-        return Pace(speed, state.tokens, deadline_s, per_layer, spent_s=min(spent_s, state.limit_s))
+        return Pace(speed, state.tokens, deadline_s, per_layer, spent_s=state.waited_s)
 
     def _note_load(self, load: LoadUnderWay) -> None:
         """A load has ended on all ranks. Never offer the same failing hit again at once."""
@@ -267,7 +271,7 @@ class SchedulerSide:
             size = sum(place.size for place in order.places)
             self._admission.note_load(order.tokens.begin, good, size, load.seconds, near=load.near)
         if not whole and order.by_layer:
-            self._forget_blocks(order, good)
+            self._forget_blocks(load)
         if not whole and load.lost:
             key = order.keys[(good - order.first_token) // self._chunk_tokens]
             self._loads.avoid(key, time.monotonic())
@@ -278,14 +282,12 @@ class SchedulerSide:
             if not whole and (load.lost or order.follow):
                 state.stored = floor_to(good, self._chunk_tokens)  # what is computed again mends the store
 
-    def _forget_blocks(self, order: LoadOrder, good: int) -> None:
+    def _forget_blocks(self, load: LoadUnderWay) -> None:
         """Take what a load by layer did not fill, and what was computed from it, out of the engine's prefix cache.
 
-        vLLM caches blocks when it allocates them, and would give them to others until they are computed again.
+        vLLM caches blocks when it allocates them, and would give them to others until they are computed again, or for
+        good where the request was aborted.
         """
-        if self._manager is None:
-            return
-        size = self._role.block_tokens
-        (block_ids,) = self._manager.get_block_ids(order.request_id)  # none, once the request has ended
-        unfilled = order.block_ids[(good - order.tokens.begin) // size :]
-        self._manager.evict_blocks({*unfilled, *block_ids[good // size :]})
+        if self._manager is not None:
+            filled = (load.good - load.order.tokens.begin) // self._role.block_tokens
+            self._manager.evict_blocks(set(load.block_ids[filled:]))

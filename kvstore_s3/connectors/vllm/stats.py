@@ -76,13 +76,12 @@ class StoreStats(KVConnectorStats):  # type: ignore[misc]
 class Tally:
     """Measurements from any thread, until they are taken.
 
-    `process` names this half in the gauges: "scheduler", "rank 0". `first`: whether this one counts what is the same on
-    every rank. Each method raises `KeyError` for a name that is not in `METRICS`.
+    `process` names this half in the gauges: "scheduler", "rank 0". Each method raises `KeyError` for a name that is not
+    in `METRICS`.
     """
 
-    def __init__(self, process: str = "scheduler", *, first: bool = True) -> None:
+    def __init__(self, process: str = "scheduler") -> None:
         self._process = process
-        self._first = first
         self._lock = threading.Lock()
         self._counts: dict[str, int | float] = {}
         self._seconds: dict[str, deque[float]] = {}
@@ -92,7 +91,7 @@ class Tally:
     def add(self, name: str, count: int | float = 1, label: str = "") -> None:
         """Raise a counter."""
         key = series_key(name, label)
-        if count and (self._first or not METRICS[name].once):
+        if count:
             with self._lock:
                 self._counts[key] = self._counts.get(key, 0) + count
 

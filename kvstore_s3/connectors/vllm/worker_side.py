@@ -130,13 +130,12 @@ class WorkerSide:
         self._gates.clear()
         for order in orders.saves:
             if not self._writes:
-                self._save_reports.append(SaveReport(order.save_id, stored=True))
+                self._save_reports.append(SaveReport(order.save_id, "stored"))
                 continue
             size = self._bytes_per_token * (order.tokens.end - order.tokens.begin)
             if not self._may_save(order, size):
                 self._broken.add(order.request_id)
-                self._tally.add("kvstore_saves_shed")
-                self._save_reports.append(SaveReport(order.save_id, stored=False))
+                self._save_reports.append(SaveReport(order.save_id, "shed"))
                 continue
             kv = self._cache.read(order.tokens, order.block_ids)
             self._track(self._store.runtime.submit(self._saver.save(order, kv)))
@@ -220,9 +219,6 @@ class WorkerSide:
         self._failed_blocks |= failed_blocks(
             order.tokens, report.good, order.block_ids, block_tokens=self._block_tokens
         )
-        self._tally.add("kvstore_tokens_loaded", report.good - order.tokens.begin, label=report.quality)
-        if report.good < order.tokens.end:
-            self._tally.add("kvstore_loads_failed", label=report.reason or "given-up")
         self._load_reports.append(report)
 
     def _note_load(self, load: LoadUnderWay) -> None:
