@@ -88,21 +88,32 @@ class Asked:
     weights: int
     prefixes: list[int]
     asked_at: float
-    cached: int = 0
     tokens: list[int] = field(default_factory=list)
+    kept: int = 0
+    """How many of `tokens` are of weights that the engine has no more."""
     aborted: bool = False
+    loaded: int = 0
+    """Tokens from the store that the client is told of."""
 
 
 class Rig:
     """An engine in one thread. Use as a context manager; leaving it closes the connector and checks nothing.
 
     `spent` and `worked` are the seconds that each call on the scheduler's thread took, by the clock and of the CPU.
+    `faults` are those of the scheduler's store, `rank_faults` of each rank's: the same ones, unless others are given.
     """
 
-    def __init__(self, store: str, options: RigOptions | None = None, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        store: str,
+        options: RigOptions | None = None,
+        faults: Faults | None = None,
+        rank_faults: Sequence[Faults] = (),
+    ) -> None:
         self.options = options = options or RigOptions()
         self.formula = Formula(options.shape)
-        self.faults = faults or Faults()
+        self.faults = self._opening = faults or Faults()
+        self.rank_faults = tuple(rank_faults) or (self.faults,) * options.ranks
         self.spent: dict[str, list[float]] = {name: [] for name in SCHEDULER_CALLS}
         self.worked: dict[str, list[float]] = {name: [] for name in SCHEDULER_CALLS}
         self.counts: dict[str, float] = {}
@@ -148,13 +159,26 @@ class Rig:
     def pool(self) -> Any:
         return self.scheduler.kv_cache_manager.block_pool
 
-    def ask(self, prompt: Sequence[int], *, answer: int = 4, salt: str | None = None, **fields: Any) -> str:
-        """Add a request; returns its id."""
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        answer: int = 4,
+        salt: str | None = None,
+        transfer: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> str:
+        """Add a request; returns its id. `transfer` is what a proxy says of it (kv_transfer_params)."""
         self._number += 1
         request = Request(
             f"r{self._number}",
             list(prompt),
-            SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True),
+            SamplingParams(
+                temperature=0,
+                max_tokens=answer,
+                ignore_eos=True,
+                extra_args={"kv_transfer_params": transfer} if transfer else None,
+            ),
             None,
             cache_salt=salt,
             block_hasher=self._hasher,
@@ -171,6 +195,39 @@ class Rig:
         if asked is not None:
             asked.aborted = True
             self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ABORTED)
+
+    def change_weights(self, *, preempt: bool = True) -> bool:
+        """Between steps: the model is another one from now on, and the engine's caches are reset.
+
+        vLLM preempts what runs, unless it is told not to: then a request goes on from KV of the old weights. Returns
+        False, with nothing changed, where vLLM refuses to as long as loads are under way.
+        """
+        if preempt:
+            try:
+                self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+            except RuntimeError:
+                return False
+        else:
+            self.scheduler.reset_prefix_cache(reset_connector=True)
+        self.weights += 1
+        for asked in self.asked.values():
+            assert asked.tokens == self.expected_answer(asked)[: len(asked.tokens)]
+            asked.kept = len(asked.tokens)
+            done = self._computed_for_good(asked.request)
+            numbers = self._prefixes(asked.request)[: done + 1] if done else prefixes_of((), asked.salt, self.weights)
+            mixed = extend_prefix(numbers[-1], -self.weights) if done else numbers[-1]
+            for token in asked.request.all_token_ids[done:]:
+                mixed = extend_prefix(mixed, token)
+                numbers.append(mixed)
+            asked.prefixes, asked.weights = numbers, self.weights
+        return True
+
+    def _computed_for_good(self, request: Request) -> int:
+        """Tokens whose KV is in the request's blocks, not still to come from the store."""
+        loading = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        if loading and request.request_id not in self.scheduler.finished_recving_kv_req_ids:
+            return 0
+        return request.num_computed_tokens
 
     def status(self, request_id: str) -> RequestStatus | None:
         request = self.scheduler.requests.get(request_id)
@@ -209,6 +266,10 @@ class Rig:
             self.step(during)
             assert time.monotonic() < end, f"stuck: {self._describe()}"
 
+    def loaded_tokens(self, request_id: str) -> int:
+        """How many tokens of an answered request came from the store."""
+        return self.finished[request_id].loaded
+
     def check_nothing_left(self) -> None:
         """Every block, load and request is back where it belongs."""
         assert not self.asked, self._describe()
@@ -235,6 +296,7 @@ class Rig:
             asked.tokens += answer.new_token_ids
             if answer.finish_reason is not None:
                 del self.asked[answer.request_id]
+                asked.loaded = (answer.kv_transfer_params or {}).get("kvstore_s3", {}).get("loaded_tokens", 0)
                 self.finished[answer.request_id] = asked
                 assert str(answer.finish_reason) == "length", f"{answer.request_id} ended by {answer.finish_reason}"
                 assert asked.tokens == self.expected_answer(asked), f"{answer.request_id} got a wrong answer"
@@ -245,8 +307,10 @@ class Rig:
                 self.counts[name] = self.counts.get(name, 0) + value
 
     def expected_answer(self, asked: Asked) -> list[int]:
-        prefix, tokens = asked.prefixes[len(asked.request.prompt_token_ids)], []
-        for _ in range(asked.request.max_tokens):
+        """All tokens that the request is to be answered with; those of weights that are gone as they came."""
+        tokens = asked.tokens[: asked.kept]
+        prefix = asked.prefixes[len(asked.request.prompt_token_ids) + asked.kept]
+        for _ in range(asked.request.max_tokens - asked.kept):
             tokens.append(next_token(prefix))
             prefix = extend_prefix(prefix, tokens[-1])
         return tokens
@@ -406,6 +470,7 @@ class Rig:
             slice(0, self.options.shape.layers),
             slice(rank * heads, (rank + 1) * heads),
         )
+        self._opening = self.rank_faults[rank]
         connector = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, self._kv_config)
         stack.callback(connector.shutdown)
         names = self._layer_names()
@@ -423,7 +488,7 @@ class Rig:
             patch.setattr("kvstore_s3.connectors.vllm.costs.PrefillMeter.end_step", lambda *_: None)
         if self._store.startswith("faulty://"):
             name = self._store.removeprefix("faulty://")
-            patch.setattr("kvstore_s3.store.open_store", lambda *_, **__: FaultyStore(name, self.faults))
+            patch.setattr("kvstore_s3.store.open_store", lambda *_, **__: FaultyStore(name, self._opening))
 
     def _make_config(self) -> Any:
         options = self.options

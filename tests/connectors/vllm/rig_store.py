@@ -118,3 +118,27 @@ class FaultyStore:
             raise StoreUnavailableError(f"{self.url} does not answer, on purpose")
         if self._faults.throw(self._faults.busy):
             raise StoreBusyError(f"{self.url} is busy, on purpose")
+
+
+def objects_of_chunk(name: str, key: bytes) -> list[str]:
+    """Object keys of all tiles of a chunk in the `MemoryStore` of that name, in order."""
+
+    async def find() -> list[str]:
+        return sorted([info.key async for info in MemoryStore(name).list() if key.hex() in info.key])
+
+    return asyncio.run(find())
+
+
+def damage_object(name: str, object_key: str) -> None:
+    """Flip a bit in the last byte, which is KV."""
+
+    async def damage() -> None:
+        store = MemoryStore(name)
+        info = await store.head(object_key)
+        assert info is not None
+        data = bytearray(info.size)
+        await store.get_range(object_key, 0, memoryview(data))
+        data[-1] ^= 1
+        await store.put(object_key, data, metadata=info.metadata, replace=True)
+
+    asyncio.run(damage())

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from connectors.vllm.rig import Rig, model_of
-from connectors.vllm.rig_model import Formula, prefixes_of
+from connectors.vllm.rig_model import Formula, Shape, prefixes_of
 
 from kvstore_s3 import Namespace, connect
 from kvstore_s3.config import Settings
+from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,39 @@ class Traffic:
         return self._chance.random() < share
 
 
+def namespace_of(shape: Shape, chunk_tokens: int) -> Namespace:
+    """Where engines of this shape keep their KV."""
+    return Namespace.from_model(model_of(replace(shape, block_tokens=32)), dtype=shape.dtype, chunk_tokens=chunk_tokens)
+
+
+def keys_of(
+    namespace: Namespace, prompt: Sequence[int], salt: str | None = None, *, epoch: bytes = b""
+) -> Sequence[bytes]:
+    """Keys of a prompt's whole chunks, as the connector makes them."""
+    root, extra = root_key(namespace.digest, salt), {0: epoch} if epoch else None
+    return chunk_keys(root, as_token_array(list(prompt)), namespace.chunk_tokens, extra_keys=extra)
+
+
 def check_store(
-    url: str, formula: Formula, prompts: Iterable[tuple[list[int], str | None]], *, chunk_tokens: int
+    url: str,
+    formula: Formula,
+    prompts: Iterable[tuple[list[int], str | None]],
+    *,
+    chunk_tokens: int,
+    epoch: bytes = b"",
+    weights: int = 0,
 ) -> int:
-    """Load all that the store has of these prompts and compare every bit. Returns how many tokens that were."""
-    model = model_of(replace(formula.shape, block_tokens=32))
-    namespace = Namespace.from_model(model, dtype=formula.shape.dtype, chunk_tokens=chunk_tokens)
+    """Load all that the store has of these prompts and compare every bit. Returns how many tokens that were.
+
+    `epoch` is what the keys hold since the engine was given these `weights`.
+    """
+    namespace = namespace_of(formula.shape, chunk_tokens)
     found = 0
     with connect(url.replace("faulty://", "memory://"), namespace, Settings(miss_lifetime_s=60.0)) as store:
         for prompt, salt in {(tuple(prompt), salt) for prompt, salt in prompts}:
-            kv = store.load(store.lookup(prompt, salt=salt))
+            kv = store.load(store.lookup_keys(keys_of(namespace, prompt, salt, epoch=epoch)))
             length = kv.shape[2]
             found += length
-            expected = formula.values(prefixes_of(prompt[:length], salt, 0)[1:]) if length else kv
+            expected = formula.values(prefixes_of(prompt[:length], salt, weights)[1:]) if length else kv
             assert torch.equal(kv, expected), f"the store holds wrong KV for a prompt of {len(prompt)} tokens"
     return found
