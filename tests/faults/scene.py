@@ -94,7 +94,7 @@ class Scene:
             "endpoint_url": self.proxy.endpoint,
             "layer_group": 2,
             "range_bytes": 64 * 1024,
-            "connect_timeout_s": 0.5,
+            "connect_timeout_s": 5.0,
             "read_timeout_s": 0.5,
             "request_deadline_s": 4.0,
             "multipart_bytes": 5 * 1024 * 1024,
