@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore_s3.errors import InvalidArgumentError, StoreRefusedError, StoreUnavailableError
 from kvstore_s3.layout import Shard
@@ -34,10 +34,16 @@ class KnownShards:
         self._objects = objects
         self._namespace = namespace
         self._lifetime_s = lifetime_s
+        self._expected: frozenset[Shard] = frozenset()
         self._shards: tuple[Shard, ...] = (namespace.layout.full_shard,)
         self._until = float("-inf")
         self._listing: asyncio.Task[None] | None = None
         self._marked_until = float("-inf")
+
+    def expect(self, shards: Iterable[Shard]) -> None:
+        """Objects of these may come any moment, whatever markers there are."""
+        self._expected = frozenset(shards) - {self._namespace.layout.full_shard}
+        self._know(self._shards)
 
     def refresh_soon(self) -> None:
         """Begin to list the markers, unless they are known or being listed."""
@@ -69,6 +75,11 @@ class KnownShards:
         await self._objects.put(marker_key(self._namespace.hex, shard), f"{shard.name}\n".encode("ascii"))
         self._marked_until = time.monotonic() + self._lifetime_s
 
+    def _know(self, found: Iterable[Shard]) -> None:
+        full = self._namespace.layout.full_shard
+        parts = (self._expected | set(found)) - {full}
+        self._shards = (full, *sorted(parts, key=lambda shard: (-shard.layers * shard.heads, shard.name)))
+
     async def close(self) -> None:
         """End a listing that nobody waits for. Safe to call twice."""
         if self._listing is not None:
@@ -88,7 +99,7 @@ class KnownShards:
             log.warning("parts of chunks that other ranks wrote are not found, as listing is refused: %s", error)
             self._until = float("inf")
             return
-        self._shards = (full, *sorted(found, key=lambda shard: (-shard.layers * shard.heads, shard.name)))
+        self._know(found)
         self._until = time.monotonic() + self._lifetime_s
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, Self, TypeAlias
 
@@ -250,6 +250,10 @@ class KVStore:
     def is_lost(self, key: bytes) -> bool:
         """Whether the chunk of this key turned out damaged, short, swapped or gone lately."""
         return self._finder.is_lost(self._identity(key))
+
+    def expect_shards(self, shards: Iterable[Shard]) -> None:
+        """Look for objects of these rectangles before any marker tells of them: those of an engine's own ranks."""
+        self._shards.expect(shards)
 
     def stats(self) -> dict[str, float]:
         """Gauges of the moment, by name; see `gauges.measure`. Cheap, and for any thread."""

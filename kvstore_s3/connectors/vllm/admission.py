@@ -133,6 +133,7 @@ class Admission:
         self._link_at = float("-inf")
         self._bytes = self._tokens = 0.0
         self._credit_s = FIRST_CREDIT_S
+        self._waiting = 0
         self._last: Decision | None = None
 
     def explain(self) -> str:
@@ -152,12 +153,19 @@ class Admission:
             return self._decide(Decision("lookup", 0, prompt_tokens, SHORT))
         prefill = self.meter.seconds(0, whole)
         if self._always or prefill is None:
+            self._waiting += 1
             return self._decide(Decision("lookup", 0, whole, None, prefill))
         self._earn(MISS_SHARE * (self.meter.seconds(0, prompt_tokens) or 0.0))
         reason, load, wait = self._weigh(whole, prefill)
-        if reason is None and self._credit_s <= 0 and (wait is None or wait > MISS_SHARE * prefill):
+        credit_s = self._credit_s - self._waiting * (wait or 0.0)  # what those who wait now will have cost
+        if reason is None and credit_s <= 0 and (wait is None or wait > MISS_SHARE * prefill):
             reason = UNLIKELY
-        return self._decide(Decision("lookup", 0, whole, reason, prefill, load, wait, self._credit_s))
+        self._waiting += reason is None
+        return self._decide(Decision("lookup", 0, whole, reason, prefill, load, wait, credit_s))
+
+    def end_wait(self) -> None:
+        """A request that was allowed to wait does so no more: to be told once of each, beside `note_lookup`."""
+        self._waiting = max(0, self._waiting - 1)
 
     def patience_s(self, begin: int, prompt_tokens: int, deadline_s: float) -> float:
         """Most seconds that the store may cost a request of which tokens from `begin` on would be computed."""

@@ -44,6 +44,7 @@ class Asking:
         state.answer = state.stored = state.waiting_since = None
         if not self._health.available:
             state.lookup, state.reason = None, "store-out"
+            self._end_wait(state)
             return
         state.asked_at = time.monotonic()
         state.limit_s = self._admission.patience_s(0, state.tokens, self._options.lookup_deadline_s)
@@ -53,6 +54,7 @@ class Asking:
 
     def stop(self, state: RequestState) -> None:
         """The answer is not needed any more."""
+        self._end_wait(state)
         if state.lookup is not None:
             self._porter.cancel(state.lookup)
             state.lookup = None
@@ -82,6 +84,7 @@ class Asking:
         state.limit_s = min(state.limit_s, patience_s)
         if state.patient and now - state.waiting_since <= state.limit_s:
             return True
+        self._end_wait(state)
         state.may_load = False  # the answer may still come, and then tells what is to be saved
         state.reason = "late" if state.patient else UNLIKELY
         if state.patient:
@@ -100,6 +103,7 @@ class Asking:
 
     def _take_answer(self, state: RequestState, answer: Answer | None, now: float) -> None:
         state.lookup = None
+        self._end_wait(state)
         if answer is None:
             return
         if answer.reason is not None:
@@ -122,6 +126,11 @@ class Asking:
             )
         if state.may_load and not answer.hit:
             self._tally.observe("kvstore_added_wait_seconds", waited)
+
+    def _end_wait(self, state: RequestState) -> None:
+        if state.counted:
+            state.counted = False
+            self._admission.end_wait()
 
     def usable_tokens(self, state: RequestState) -> int:
         """Tokens of the hit, up to the first chunk that lately failed to load."""

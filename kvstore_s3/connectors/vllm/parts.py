@@ -17,7 +17,7 @@ from kvstore_s3.connectors.vllm.events import EventLog
 from kvstore_s3.connectors.vllm.health import StoreHealth, log
 from kvstore_s3.connectors.vllm.lookups import Lookups
 from kvstore_s3.connectors.vllm.porter import Porter
-from kvstore_s3.connectors.vllm.ranks import writes
+from kvstore_s3.connectors.vllm.ranks import shards_of_engine, writes
 from kvstore_s3.connectors.vllm.requests import Role
 from kvstore_s3.connectors.vllm.scheduler_side import SchedulerSide
 from kvstore_s3.connectors.vllm.startline import describe
@@ -65,6 +65,7 @@ def make_scheduler_side(
 ) -> SchedulerSide:
     """The scheduler's half; what it learned is remembered when `resources` are closed, and now and then before."""
     kv, transfer, parallel = store.kv, config.kv_transfer_config, config.parallel_config
+    kv.expect_shards(shards_of_engine(config, kv.namespace.layout))
     role = Role(
         block_tokens=kv_cache.kv_cache_groups[0].kv_cache_spec.block_size,
         ranks=parallel.world_size,

@@ -24,16 +24,27 @@ def shard_of_rank(config: VllmConfig, layout: KVLayout) -> Shard:
 
     Raises `UnsupportedModelError` where the heads cannot be dealt evenly to the ranks.
     """
+    return _shard(config.parallel_config, int(config.parallel_config.rank), layout)
+
+
+def shards_of_engine(config: VllmConfig, layout: KVLayout) -> list[Shard]:
+    """Of all ranks, in their order; for any process of the engine. Raises what `shard_of_rank` raises."""
     parallel = config.parallel_config
-    layer_begin, layer_end = get_pp_indices(layout.layers, _pipeline_rank(parallel), parallel.pipeline_parallel_size)
-    heads = _heads_of_each(parallel.tensor_parallel_size, layout.kv_heads)
-    head_begin = _tensor_rank(parallel) // _replicas(parallel, layout) * heads
-    return Shard(layer_begin, layer_end, head_begin, head_begin + heads)
+    return [_shard(parallel, rank, layout) for rank in range(int(parallel.world_size))]
 
 
 def writes(config: VllmConfig, layout: KVLayout) -> bool:
     """Whether this rank saves its rectangle: no rank before it holds the same one."""
-    return _tensor_rank(config.parallel_config) % _replicas(config.parallel_config, layout) == 0
+    parallel = config.parallel_config
+    return _tensor_rank(parallel, int(parallel.rank)) % _replicas(parallel, layout) == 0
+
+
+def _shard(parallel: ParallelConfig, rank: int, layout: KVLayout) -> Shard:
+    stage = _pipeline_rank(parallel, rank)
+    layer_begin, layer_end = get_pp_indices(layout.layers, stage, parallel.pipeline_parallel_size)
+    heads = _heads_of_each(parallel.tensor_parallel_size, layout.kv_heads)
+    head_begin = _tensor_rank(parallel, rank) // _replicas(parallel, layout) * heads
+    return Shard(layer_begin, layer_end, head_begin, head_begin + heads)
 
 
 def _replicas(parallel: ParallelConfig, layout: KVLayout) -> int:
@@ -53,9 +64,9 @@ def _heads_of_each(ranks: int, kv_heads: int) -> int:
 # vLLM numbers the workers of one engine with the tensor parallel rank running fastest, then the pipeline stage.
 
 
-def _tensor_rank(parallel: ParallelConfig) -> int:
-    return int(parallel.rank) % int(parallel.tensor_parallel_size)
+def _tensor_rank(parallel: ParallelConfig, rank: int) -> int:
+    return rank % int(parallel.tensor_parallel_size)
 
 
-def _pipeline_rank(parallel: ParallelConfig) -> int:
-    return int(parallel.rank) // int(parallel.tensor_parallel_size) % int(parallel.pipeline_parallel_size)
+def _pipeline_rank(parallel: ParallelConfig, rank: int) -> int:
+    return rank // int(parallel.tensor_parallel_size) % int(parallel.pipeline_parallel_size)

@@ -32,8 +32,9 @@ class RequestState:
     """One request that may be loaded or saved.
 
     `follow`: another engine computes the prompt now, and this one takes what it stores. `wanted`: another engine waits
-    for what this one stores. `patient`: the request waits for its lookup. `stored` tokens are in the store, None until
-    that is known; `seen` tokens were in an earlier request; `local` ones are in the engine's own cache.
+    for what this one stores. `patient`: the request waits for its lookup; `counted`: admission counts it among those
+    that do. `stored` tokens are in the store, None until that is known; `seen` tokens were in an earlier request;
+    `local` ones are in the engine's own cache.
     """
 
     prompt: Prompt
@@ -42,6 +43,7 @@ class RequestState:
     follow: bool = False
     wanted: bool = False
     patient: bool = True
+    counted: bool = False
     lora_name: str | None = None
     preemptions: int = 0
     # The lookup.
@@ -55,7 +57,7 @@ class RequestState:
     # Load and save.
     may_load: bool = True
     may_save: bool = True
-    shares: bool = False
+    shares_since: float | None = None
     offered: TokenRange | None = None
     stored: int | None = None
     # What came of it.

@@ -70,6 +70,7 @@ class SchedulerSide:
         self._asking = Asking(porter, lookups, health, options, tally, admission, self._loads)
         self._outcomes = Outcomes(kv, tally, role, meter, self._loads)
         self._manager: KVCacheManager | None = None
+        self._holds_old = False
         self._epoch = 0
         self._epoch_key = b""
 
@@ -95,6 +96,7 @@ class SchedulerSide:
         if not (state.follow or state.wanted):
             reason = self._admission.may_look_up(state.tokens)
             state.patient = reason != UNLIKELY
+            state.counted = reason is None
             if reason not in (None, UNLIKELY):
                 log.debug("%s", self._admission.explain())
                 self._outcomes.skip(reason)
@@ -117,6 +119,9 @@ class SchedulerSide:
             return (None if state.wanted and self._asking.is_naming(state) else 0), False
         whole = floor_to(floor_to(state.tokens, self._chunk_tokens), self._role.block_tokens)
         state.local = computed
+        if computed and self._holds_old:
+            state.may_save, state.reason = False, "reset"
+            return 0, False
         if computed >= whole and not state.wanted:
             state.reason = "local"
             return 0, False  # the engine has all that the store could give
@@ -129,11 +134,19 @@ class SchedulerSide:
         if state.offered is None or state.answer is None:
             return 0, False
         first = state.offered.begin // self._chunk_tokens
-        if self._role.caches_prefixes and self._loads.is_coming(state.answer.keys[first]):
-            self._tally.add("kvstore_loads_shared", 0 if state.shares else 1)
-            state.shares = True
+        coming = self._role.caches_prefixes and self._loads.is_coming(state.answer.keys[first])
+        if coming and self._may_share(state, computed):
             return None, False
         return state.offered.end - state.offered.begin, not self._by_layer(state)
+
+    def _may_share(self, state: RequestState, computed: int) -> bool:
+        """Whether to wait on for another request's load, which may be longer than what this one needs of it."""
+        now = time.monotonic()
+        if state.shares_since is None:
+            state.shares_since = now
+            self._tally.add("kvstore_loads_shared")
+        patience_s = self._admission.patience_s(computed, state.tokens, self._options.load_deadline_s)
+        return now - state.shares_since + state.waited_s <= patience_s
 
     def order_load(self, request: Request, block_ids: Sequence[int], external: int) -> None:
         """The engine has allocated `block_ids`, the request's from the first on, and wants `external` tokens."""
@@ -213,6 +226,12 @@ class SchedulerSide:
     def start_epoch(self) -> None:
         """What the engine computes from now on is another model's: nothing older is loaded, nothing mixed is saved."""
         self._epoch += 1
+        self._holds_old = self._manager is not None and not _is_empty(self._manager)
+        if self._holds_old:
+            log.warning(
+                "the engine kept blocks when its caches were reset: until a reset succeeds, requests that use its "
+                "prefix cache are neither loaded nor saved; reset again when no request is running"
+            )
         self._epoch_key = secrets.token_bytes(16)  # another engine's reset may be to other weights
         for state in self._requests.values():
             state.may_load = state.may_save = False
@@ -291,3 +310,9 @@ class SchedulerSide:
         if self._manager is not None:
             filled = (load.good - load.order.tokens.begin) // self._role.block_tokens
             self._manager.evict_blocks(set(load.block_ids[filled:]))
+
+
+def _is_empty(manager: KVCacheManager) -> bool:
+    """Whether no request and no cached prefix has a block; block 0 is vLLM's own."""
+    pool = manager.block_pool
+    return bool(pool.get_num_free_blocks() == pool.num_gpu_blocks - 1)

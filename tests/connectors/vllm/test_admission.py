@@ -173,6 +173,7 @@ def run_without_reuse(
         clock.now += 1.0
         if store.may_look_up(prompt) is None:
             waited, count = waited + wait_s, count + 1
+            store.end_wait()
             store.note_lookup(wait_s)
         else:
             store.note_lookup(None)
@@ -199,6 +200,7 @@ def test_hits_keep_lookups_going(clock: Clock):
         clock.now += 1.0
         if store.may_look_up(2048) is None:
             waits += 1
+            store.end_wait()
             hit = 2048 if number % 4 == 0 else 0
             store.note_lookup(0.02, hit_tokens=hit, hit_bytes=hit * KV_BYTES)
             if hit:
@@ -209,10 +211,24 @@ def test_hits_keep_lookups_going(clock: Clock):
 def test_reuse_that_begins_after_a_time_without_any_is_found_at_once(clock: Clock):
     store = admission(clock)
     while store.may_look_up(2048) is None:
+        store.end_wait()
         store.note_lookup(0.05)
     assert store.may_look_up(2048) == UNLIKELY
     store.note_lookup(None, hit_tokens=2048, hit_bytes=2048 * KV_BYTES)
     assert store.may_look_up(2048) is None
+
+
+def test_prompts_that_come_at_once_wait_for_no_more_than_those_that_come_one_by_one(clock: Clock):
+    store, prompts = admission(clock), 128
+    for _ in range(15):
+        store.note_lookup(0.2)
+    store._credit_s = 0.0
+    patient = sum(store.may_look_up(2048) is None for _ in range(prompts))
+    assert patient * 0.2 <= MISS_SHARE * prompts * (store.meter.seconds(0, 2048) or 0.0) + 0.2
+    for _ in range(patient):
+        store.end_wait()
+        store.note_lookup(0.2)
+    assert store._credit_s > -0.3
 
 
 def test_a_store_that_was_out_for_many_requests_at_once_is_forgiven(clock: Clock):
