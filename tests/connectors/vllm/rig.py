@@ -277,7 +277,9 @@ class Rig:
         assert self.pool.get_num_free_blocks() == self.free_blocks, "blocks were lost"
         for rank in self.ranks:
             assert not rank.pages.loading
+            assert not rank.connector._worker._loads, "a rank goes on loading"
         half = self.scheduler.connector._scheduler
+        assert not half._loads.any, "the scheduler's half waits for loads that are over"
         assert not half._requests, "the scheduler's half remembers requests that are gone"
 
     def until(self, request_id: str, status: RequestStatus) -> Callable[[], bool]:
