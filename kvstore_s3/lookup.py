@@ -22,6 +22,9 @@ from kvstore_s3.verdicts import Verdict, Verdicts
 
 log = logging.getLogger("kvstore_s3")
 
+_MOST_SET_ASIDE = 4096
+"""Objects of other shards of which it is remembered that they were said to be unusable."""
+
 Answers = dict[Shard, StoredChunk | Absence]
 """What is known of a chunk's objects."""
 
@@ -51,6 +54,7 @@ class ChunkFinder:
         self._shards = shards
         self._concurrency = concurrency
         self._count = count
+        self._set_aside: dict[str, None] = {}
         self._verdicts = Verdicts(lifetime_s=verdict_lifetime_s, miss_lifetime_s=miss_lifetime_s)
         self._usual: tuple[Shard, ...] = ()
         """The objects that made up the chunk found last, where it was not one of the reader's own rectangle."""
@@ -167,7 +171,13 @@ class ChunkFinder:
         except LOST as error:
             if mine:
                 raise
-            log.warning("%s is left aside: %s", object_key(identity), error)
+            key = object_key(identity)
+            if key not in self._set_aside:
+                self._set_aside[key] = None
+                log.warning("%s is left aside: %s", key, error)
+                self._count("chunks_lost", 1)
+                if len(self._set_aside) > _MOST_SET_ASIDE:
+                    del self._set_aside[next(iter(self._set_aside))]
             return Absence.UNUSABLE
 
     def _join(self, own: Shard, answers: Answers) -> StoredChunk | None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -84,8 +85,9 @@ class Saver:
         damaged = {index for index in missing if self._finder.is_lost(chunks[index])}
         encoding = await self._choose_encoding(prefix_quality, chunks[0].shard) if missing else None
         if encoding is None:
-            if chunks:
-                await self._shards.mark(chunks[0].shard)  # it may have been removed with old objects
+            if chunks:  # the marker may have been removed with old objects
+                with suppress(StoreRefusedError):  # by whom nothing new is written either
+                    await self._shards.mark(chunks[0].shard)
             return Saved(0, len(chunks), 0, self._quality.name)
         if isinstance(self._objects, GuardedStore):
             self._objects.check_writable()

@@ -39,6 +39,7 @@ class KnownShards:
         self._until = float("-inf")
         self._listing: asyncio.Task[None] | None = None
         self._marked_until = float("-inf")
+        self._told = False
 
     def expect(self, shards: Iterable[Shard]) -> None:
         """Objects of these may come any moment, whatever markers there are."""
@@ -96,8 +97,10 @@ class KnownShards:
                 if shard is not None and shard != full and len(found) < _MOST_SHARDS:
                     found.add(shard)
         except StoreRefusedError as error:
-            log.warning("parts of chunks that other ranks wrote are not found, as listing is refused: %s", error)
-            self._until = float("inf")
+            if not self._told:
+                log.warning("parts of chunks that other ranks wrote are not found, as listing is refused: %s", error)
+            self._told = True
+            self._until = time.monotonic() + self._lifetime_s
             return
         self._know(found)
         self._until = time.monotonic() + self._lifetime_s

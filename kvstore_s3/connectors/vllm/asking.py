@@ -11,6 +11,7 @@ from kvstore_s3.connectors.vllm.lookups import Answer, Lookups
 from kvstore_s3.connectors.vllm.options import Options
 from kvstore_s3.connectors.vllm.plans import floor_to
 from kvstore_s3.connectors.vllm.porter import Porter
+from kvstore_s3.connectors.vllm.refusals import REQUEST_REASONS
 from kvstore_s3.connectors.vllm.requests import RequestState
 from kvstore_s3.connectors.vllm.sights import Sights
 from kvstore_s3.connectors.vllm.stats import Tally
@@ -43,7 +44,7 @@ class Asking:
         """Ask the store about a request's prompt, unless it is out."""
         state.answer = state.stored = state.waiting_since = None
         if not self._health.available:
-            state.lookup, state.reason = None, "store-out"
+            state.lookup, state.outcome, state.reason = None, "skipped", "store-out"
             self._end_wait(state)
             return
         state.asked_at = time.monotonic()
@@ -106,9 +107,13 @@ class Asking:
         self._end_wait(state)
         if answer is None:
             return
+        if answer.reason in REQUEST_REASONS or answer.reason == "other-input":
+            state.outcome, state.reason = "skipped", answer.reason
+            return
         if answer.reason is not None:
+            if state.reason != "late":  # else it was counted when it was late
+                self._tally.add("kvstore_lookups_failed")
             state.reason = answer.reason
-            self._tally.add("kvstore_lookups_failed")
             return
         state.answer = answer
         if state.seen is None:

@@ -28,7 +28,7 @@ from kvstore_s3.connectors.vllm.parts import (
     worker_settings,
 )
 from kvstore_s3.connectors.vllm.ranks import shard_of_rank
-from kvstore_s3.connectors.vllm.refusals import check_engine, check_store, make_namespace
+from kvstore_s3.connectors.vllm.refusals import check_engine, check_load_mode, check_store, make_namespace
 from kvstore_s3.connectors.vllm.stats import StorePromMetrics, StoreStats, Tally
 from kvstore_s3.runtime import connect
 
@@ -76,6 +76,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         settings = load_settings()
         options = Options.parse(vllm_config.kv_transfer_config.kv_connector_extra_config, settings)
         check_store(options)
+        check_load_mode(vllm_config, options)
         namespace = make_namespace(vllm_config, kv_cache_config, options.chunk_tokens)
         _open_connectors.add(self)
         self._resources = ExitStack()

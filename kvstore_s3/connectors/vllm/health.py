@@ -34,6 +34,7 @@ class StoreHealth:
         self._guard = objects if isinstance(objects, GuardedStore) else GuardedStore(objects, settings)
         self._doubted = False
         self._quiet_until = float("-inf")
+        self._saves_quiet_until = float("-inf")
         self._outage: asyncio.Task[None] | None = None
 
     @property
@@ -55,6 +56,13 @@ class StoreHealth:
         self._doubted = True
         self._outage = asyncio.create_task(self._sit_out(error))
 
+    def report_save(self, error: Exception) -> None:
+        """Note that a save failed, once a minute. Reads may go on: whether they do, the guard finds out by itself."""
+        told = monotonic() >= self._saves_quiet_until
+        if told:
+            self._saves_quiet_until = monotonic() + _QUIET_S
+        log.log(logging.WARNING if told else logging.DEBUG, "KV is not saved to %s: %s", self._guard.url, error)
+
     async def report_soon(self, error: Exception) -> None:
         """`report` for callers on other threads, by way of `Runtime.submit`."""
         self.report(error)
@@ -65,15 +73,27 @@ class StoreHealth:
             if self._guard.available:
                 await self._guard.check()
         except KVStoreError as failure:
-            told = told or self._tell(failure, surely=True)
+            told = told or self._tell(failure)
         self._doubted = False
+        if not told:
+            told = await self._tell_if_it_lasts(error)
         await self._guard.wait_until_available()
-        self._quiet_until = monotonic() + _QUIET_S
+        if told:
+            self._quiet_until = monotonic() + _QUIET_S
         if told and self._guard.available:
             log.info("the KV store %s answers again", self._guard.url)
 
-    def _tell(self, error: Exception, *, surely: bool = False) -> bool:
-        told = surely or monotonic() >= self._quiet_until
+    async def _tell_if_it_lasts(self, error: Exception) -> bool:
+        """Tell of an outage that began in quiet time once that is over."""
+        try:
+            async with asyncio.timeout(max(0.0, self._quiet_until - monotonic())):
+                await self._guard.wait_until_available()
+        except TimeoutError:
+            return self._tell(error)
+        return False
+
+    def _tell(self, error: Exception) -> bool:
+        told = monotonic() >= self._quiet_until
         log.log(
             logging.WARNING if told else logging.DEBUG,
             "prompts are computed without the KV store %s until it answers again: %s",

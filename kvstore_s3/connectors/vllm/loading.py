@@ -79,7 +79,7 @@ class LoadsUnderWay:
         """One rank's load has ended. The load, once all of them have."""
         load = self._loads[report.request_id]
         load.ranks_left -= 1
-        if report.good < load.good or load.reason is None:
+        if report.good < load.good or load.reason is None or (report.good == load.good and report.reason in LOST):
             load.reason = report.reason
         load.good = min(load.good, report.good)
         load.quality = worst_quality((load.quality, report.quality))

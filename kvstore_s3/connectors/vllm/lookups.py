@@ -69,8 +69,12 @@ class Lookups:
                 log.debug("a request is left alone: %s", error)
                 return Answer((), None, time.monotonic() - begun, "lora-unknown")
         size = self._kv.namespace.chunk_tokens
-        root = root_key(self._kv.namespace.digest, prompt.salt)
-        keys = chunk_keys(root, _to_array(prompt.token_ids), size, extra_keys={0: extra} if extra else None)
+        try:
+            root = root_key(self._kv.namespace.digest, prompt.salt)
+            keys = chunk_keys(root, _to_array(prompt.token_ids), size, extra_keys={0: extra} if extra else None)
+        except InvalidArgumentError as error:
+            log.debug("a request is left alone: %s", error)
+            return Answer((), None, time.monotonic() - begun, "other-input")
         if names_only:
             return Answer(keys, None, time.monotonic() - begun)
         try:

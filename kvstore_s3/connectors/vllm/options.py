@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -23,6 +22,8 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
     "admission": ("cost", "always"),
     "save_at": (1, 2),
 }
+_LEAST, _MOST = 1e-6, 1e15
+"""Numbers beyond are slips, and would overflow somewhere."""
 _OPTIONAL = {"prefill_tokens_per_s", "first_token_deadline_s"}
 
 
@@ -62,7 +63,8 @@ class Options:
     """At which sight of a prefix it is saved: 1 saves whatever is computed, 2 keeps one-shot contexts out."""
 
     prefill_tokens_per_s: float | None = None
-    """How fast the engine computes a prompt, as long as nothing was measured. None: what an earlier start measured."""
+    """How fast the engine computes a prompt, believed instead of any measurement. None: measured, by an earlier start
+    at first."""
 
     first_token_deadline_s: float | None = None
     """Seconds to the first token that lossy profiles may be read at lower quality for, down to the setting
@@ -109,7 +111,10 @@ def _check_store(url: object) -> None:
         raise InvalidArgumentError(
             'no store is named; give kv_connector_extra_config {"store": "s3://bucket/prefix"} or set KVSTORE_S3_STORE'
         )
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidArgumentError(f"the store's URL cannot be read ({error}): write s3://bucket/prefix") from error
     if "@" in parts.netloc or parts.query:
         raise InvalidArgumentError(
             "the store's URL carries a user, a password or a query; configurations are logged, so credentials come "
@@ -126,6 +131,6 @@ def _check_profile(profile: object) -> None:
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
     kinds = int if whole else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, kinds) or isinstance(value, bool) or not _LEAST <= value <= _MOST:
         kind = "a positive integer" if whole else "a positive number"
         raise InvalidArgumentError(f"kv_connector_extra_config: {name} must be {kind}, not {value!r}")

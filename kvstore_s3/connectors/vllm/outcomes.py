@@ -48,14 +48,15 @@ class Outcomes:
             self._tally.add("kvstore_loads_failed", label=load.reason or "given-up")
         if good > tokens.begin:
             self._tally.observe("kvstore_load_seconds", load.seconds)
-            saved_s = (self._meter.seconds(tokens.begin, good) or 0.0) - load.seconds
+            waited_s = state.waited_s if state is not None else 0.0
+            saved_s = (self._meter.seconds(tokens.begin, good) or 0.0) - load.seconds - waited_s
             self._tally.add("kvstore_time_saved_seconds", max(0.0, saved_s))
         if state is None:
             return
         state.loaded = good - tokens.begin
         complete = floor_to(floor_to(state.tokens - order.by_layer, self._chunk_tokens), self._role.block_tokens)
         state.outcome = outcome_of(state.loaded, complete - tokens.begin)
-        if good < tokens.end:
+        if good < tokens.end and state.reason != "reset":
             state.reason = load.reason or "given-up"
         self._tally.observe("kvstore_added_wait_seconds", state.waited_s + load.seconds)
 
@@ -64,8 +65,10 @@ class Outcomes:
         quality = self._quality(state)
         self._tally.add("kvstore_requests", label=state.outcome)
         self._tally.add("kvstore_requests_quality", label=quality)
-        if state.outcome == "miss":
+        if state.outcome in {"miss", "skipped"}:
             self._tally.add("kvstore_misses", label=state.reason)
+        if state.reason in REQUEST_REASONS:
+            self.tell_once(state.reason)
         if not state.loaded:
             return None
         return {"kvstore_s3": {"loaded_tokens": state.loaded, "quality": quality}}

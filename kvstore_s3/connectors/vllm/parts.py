@@ -83,7 +83,7 @@ def make_scheduler_side(
     events = EventLog.of_engine(config, options.chunk_tokens)
     resources.callback(_remember, path, meter)
     store.runtime.submit(_remember_now_and_then(path, meter))
-    store.runtime.submit(_get_ready(kv, health, looks_up=True))
+    store.runtime.submit(_get_ready(kv, health))
     log.info(
         describe(
             store=kv.objects.url,
@@ -111,7 +111,7 @@ def make_worker_side(
 ) -> WorkerSide:
     health = StoreHealth(store.kv.objects, store.kv.settings)
     store.runtime.submit(spread_over_cores())
-    store.runtime.submit(_get_ready(store.kv, health))
+    store.runtime.submit(_get_ready(store.kv))
     if config.kv_transfer_config.is_kv_consumer:
         store.runtime.submit(store.kv.warm_up(min(config.model_config.max_model_len, _WARM_TOKENS)))
     return WorkerSide(
@@ -142,20 +142,20 @@ async def _remember_now_and_then(path: Path, meter: PrefillMeter) -> None:
         await asyncio.to_thread(_remember, path, meter)
 
 
-async def _get_ready(kv: KVStore, health: StoreHealth, *, looks_up: bool = False) -> None:
-    """Do what the first request would wait for: make the client, find credentials, open connections, list markers."""
-    await health.check()
-    if not health.available:
-        return
-    if looks_up:
-        with suppress(KVStoreError):
+async def _get_ready(kv: KVStore, health: StoreHealth | None = None) -> None:
+    """Do what the first request would wait for: make the client, find credentials, open connections, list markers.
+
+    `health` is the scheduler's, which says it where the store is out; the workers need not say it too.
+    """
+    if health is not None:
+        await health.check()
+        if not health.available:
+            return
+    with suppress(KVStoreError):
+        await kv.objects.probe()
+        await asyncio.gather(*[kv.objects.head(f"{kv.namespace.hex}/namespace.json") for _ in range(_CONNECTIONS)])
+        if health is not None:
             await kv.lookup_keys([bytes(KEY_BYTES)])  # of no prompt
-    heads = [kv.objects.head(f"{kv.namespace.hex}/namespace.json") for _ in range(_CONNECTIONS)]
-    for result in await asyncio.gather(*heads, return_exceptions=True):
-        if isinstance(result, KVStoreError):
-            health.report(result)
-        elif isinstance(result, BaseException):
-            raise result
 
 
 def _device() -> str:

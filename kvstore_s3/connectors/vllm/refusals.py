@@ -50,6 +50,22 @@ def check_engine(config: VllmConfig, kv_cache: KVCacheConfig) -> None:
         )
 
 
+def check_load_mode(config: VllmConfig, options: Options) -> None:
+    """Refuse loads by layer where a step begins before the one before it has ended. Raises `UnsupportedModelError`.
+
+    What such a step computes, after a load by layer has failed, would rest on KV that is not there.
+    """
+    if options.load_mode != "by-layer":
+        return
+    stages = config.parallel_config.pipeline_parallel_size
+    if stages > 1 or config.scheduler_config.async_scheduling:
+        why = f"pipeline_parallel_size is {stages}" if stages > 1 else "async scheduling is on"
+        raise UnsupportedModelError(
+            f"KVStoreS3Connector: load_mode 'by-layer' does not go with steps that overlap, and {why}; use load_mode "
+            "'async', its default"
+        )
+
+
 def check_store(options: Options) -> None:
     """Refuse a store that the engine's processes cannot share. Raises `InvalidArgumentError`."""
     if options.store.startswith("memory:"):

@@ -78,6 +78,7 @@ class RequestState:
             wanted=_is_told(request, "do_remote_decode"),
             lora_name=None if lora is None else lora.lora_name,
             may_load=loads,
+            outcome="miss" if loads else "skipped",
             reason="absent" if loads else "off",
         )
 

@@ -73,7 +73,7 @@ class Saver:
         except StoreBusyError:  # writes are put off while reads go on
             return SaveReport(order.save_id, "shed")
         except KVStoreError as error:
-            self._health.report(error)
+            self._health.report_save(error)
             return SaveReport(order.save_id, "failed")
         self._tally.observe("kvstore_save_seconds", time.monotonic() - begun)
         tokens = saved.chunks_new * self._kv.namespace.chunk_tokens

@@ -102,14 +102,19 @@ async def test_a_store_that_fails_now_and_then_is_told_of_once_a_minute(caplog: 
     assert levels(caplog) == ["WARNING", "INFO"]
 
 
-async def test_a_real_outage_is_told_of_however_soon_it_follows(caplog: pytest.LogCaptureFixture):
+async def test_an_outage_that_follows_soon_is_told_of_when_it_lasts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kvstore_s3.connectors.vllm.health._QUIET_S", 0.3)
     scene = Scene(up=True)
     scene.health.report(REFUSED)
     await scene.end()
     caplog.clear()
     scene.store.up = False
     scene.health.report(REFUSED)
-    await scene.store.fail(3)
+    await scene.store.fail(2)
+    assert levels(caplog) == [], "one was told of just now"
+    await asyncio.sleep(0.4)
     assert levels(caplog) == ["WARNING"]
     scene.store.up = True
     await scene.end()
