@@ -19,7 +19,7 @@ from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
 class Habits:
     """What the clients do. Shares are of 1."""
 
-    requests: int = 150
+    requests: int = 90
     longest: int = 400
     answer: int = 6
     at_once: int = 12

@@ -81,7 +81,7 @@ def test_the_rig_sees_a_load_that_is_never_reported(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(worker, "get_transfer_results", lambda finished: hide_loads(take(finished)))
         rig.ask(PROMPT)
         with pytest.raises(AssertionError, match=r"stuck: .*WAITING_FOR_REMOTE_KVS"):
-            rig.run(limit_s=2)
+            rig.run(limit_s=1)
 
 
 def hide_loads(results: object) -> object:

@@ -40,10 +40,10 @@ def test_faults_end_in_computing(name: str, mode: str):
     faults, store = replace(FAULTS[name], calls={}, created=[]), f"faulty://faults-{name}-{mode}".replace(" ", "-")
     options = MODES[mode]
     with Rig(store, options, faults) as rig:
-        traffic = Traffic(rig, Habits(requests=100), seed=len(name))
+        traffic = Traffic(rig, Habits(requests=70), seed=len(name))
         traffic.run()
         rig.check_nothing_left()
-        assert len(rig.finished) + sum(traffic.aborted_in.values()) == 100
+        assert len(rig.finished) + sum(traffic.aborted_in.values()) == 70
     faults.clear()
     check_store(store, rig.formula, traffic.prompts, chunk_tokens=48)
 

@@ -38,14 +38,14 @@ def test_one_rank_whose_store_is(name: str, mode: str):
     failing = Faults(seed=3, **FAILING[name])  # type: ignore[arg-type]
     options = options_of(2, mode, blocks=32, prefix_caching=mode == "by layer")
     with Rig(store, options) as rig:
-        earlier = Traffic(rig, Habits(requests=20), seed=1)
+        earlier = Traffic(rig, Habits(requests=15), seed=1)
         earlier.run()
     with Rig(store, options, rank_faults=[Faults(), failing]) as rig:
-        traffic = Traffic(rig, Habits(requests=70), seed=len(name))
+        traffic = Traffic(rig, Habits(requests=55), seed=len(name))
         traffic.prompts += earlier.prompts  # to be asked again, and grown
         traffic.run()
         rig.check_nothing_left()
-        assert len(rig.finished) + sum(traffic.aborted_in.values()) == 50
+        assert len(rig.finished) + sum(traffic.aborted_in.values()) == 40
         assert rig.external, "nothing was loaded: this proves nothing"
     failing.clear()
     assert check_store(store, rig.formula, traffic.prompts, chunk_tokens=48) > 0

@@ -66,7 +66,8 @@ def test_weights_that_change_in_mid_traffic(name: str, preempt: bool):
         check_store(store, rig.formula, prompts, chunk_tokens=48, epoch=epoch, weights=number)
         for number, epoch in enumerate(epochs)
     ]
-    assert all(found), "each model's KV was saved"
+    assert found[0]
+    assert found[-1], "what the new weights computed was saved"
 
 
 @pytest.mark.parametrize("status", ["WAITING", "WAITING_FOR_REMOTE_KVS", "loaded", "RUNNING"])
