@@ -153,9 +153,13 @@ async def _get_ready(kv: KVStore, health: StoreHealth | None = None) -> None:
             return
     with suppress(KVStoreError):
         await kv.objects.probe()
-        await asyncio.gather(*[kv.objects.head(f"{kv.namespace.hex}/namespace.json") for _ in range(_CONNECTIONS)])
+        name = f"{kv.namespace.hex}/namespace.json"
         if health is not None:
+            await asyncio.gather(*[kv.objects.head(name) for _ in range(_CONNECTIONS)])
             await kv.lookup_keys([bytes(KEY_BYTES)])  # of no prompt
+        else:
+            reads = [kv.objects.get_range(name, 0, memoryview(bytearray(1))) for _ in range(_CONNECTIONS)]
+            await asyncio.gather(*reads, return_exceptions=True)  # in a new store, there is nothing to read
 
 
 def _device() -> str:
