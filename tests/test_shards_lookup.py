@@ -357,3 +357,45 @@ async def test_ranks_write_nothing_where_others_have_written_all_of_it() -> None
         async with open_rank(url, reader) as rank:
             saved = await rank.save(TOKENS, part_of(kv, reader))
             assert (saved.chunks_new, saved.chunks_present, saved.bytes) == (0, 4, 0)
+
+
+# What becomes of markers
+
+
+async def test_a_marker_that_was_removed_comes_back_with_the_next_save_also_where_all_is_stored() -> None:
+    url = new_url()
+    shard = tp(2)[0]
+    await write(url, tp(2))
+    marker = marker_key(NAMESPACE.hex, shard)
+    async with open_rank(url, shard) as store:
+        await store.objects.delete(marker)
+        saved = await store.save(TOKENS, part_of(draw_kv(), shard))
+        assert saved.chunks_new == 0
+        assert await store.objects.head(marker) is not None
+    async with open_rank(url, FULL) as store:
+        assert (await store.lookup(TOKENS)).tokens == WHOLE
+
+
+async def test_an_engines_own_shards_are_found_before_any_marker_is_listed() -> None:
+    url = new_url()
+    async with open_rank(url, FULL) as reader:
+        reader.expect_shards(tp(2))
+        assert not await reader.lookup(TOKENS), "the markers are listed now, and there are none"
+        await write(url, tp(2))
+        assert (await reader.lookup(TOKENS)).tokens == WHOLE
+
+
+async def test_a_listing_that_is_refused_for_a_while_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = new_url()
+    await write(url, tp(2))
+    async with open_rank(url, FULL, verdict_lifetime_s=0.05) as reader:
+        listed = reader.objects.list
+
+        def refuse(prefix: str = "") -> AsyncIterator[ObjectInfo]:
+            raise StoreRefusedError("no list permission")
+
+        monkeypatch.setattr(reader.objects, "list", refuse)
+        assert not await reader.lookup(TOKENS)
+        monkeypatch.setattr(reader.objects, "list", listed)
+        await asyncio.sleep(0.1)
+        assert (await reader.lookup(TOKENS)).tokens == WHOLE

@@ -20,6 +20,8 @@ class Faults:
     seed: int = 0
     delay_s: tuple[float, float] = (0.0, 0.0)
     """Shortest and longest time that a request takes."""
+    slow_reads_s: float = 0.0
+    """What reading takes beyond that."""
     unavailable: float = 0.0
     busy: float = 0.0
     damaged: float = 0.0
@@ -38,7 +40,7 @@ class Faults:
 
     def clear(self) -> None:
         """The store is well from now on."""
-        self.delay_s, self.out = (0.0, 0.0), False
+        self.delay_s, self.slow_reads_s, self.out = (0.0, 0.0), 0.0, False
         self.unavailable = self.busy = self.damaged = self.vanished = 0.0
 
     @property
@@ -89,6 +91,7 @@ class FaultyStore:
 
     async def get_range(self, key: str, start: int, into: memoryview) -> None:
         await self._meet("get")
+        await asyncio.sleep(self._faults.slow_reads_s)
         if self._faults.throw(self._faults.vanished):
             await self._inner.delete(key)
             raise ObjectNotFoundError(f"{self.url}: {key} has vanished")

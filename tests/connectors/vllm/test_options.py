@@ -47,6 +47,11 @@ def test_credentials_in_the_url_are_refused_and_not_repeated(url: str):
     assert "hunter2" not in str(refusal.value)
 
 
+def test_a_url_that_cannot_be_read_is_refused():
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        parse(store="s3://[bucket/prefix")
+
+
 def test_the_profile_is_the_settings_unless_it_is_given(monkeypatch: pytest.MonkeyPatch):
     assert parse(store="file:///x").profile == "lossless"
     monkeypatch.setenv("KVSTORE_S3_PROFILE", "balanced")
@@ -78,6 +83,8 @@ def test_what_may_be_left_open_may_be_none():
         {"save_at": 3},
         {"save_at": True},
         {"prefill_tokens_per_s": -1},
+        {"prefill_tokens_per_s": 1e-320},
+        {"flush_s": 1e300},
     ],
 )
 def test_a_number_that_cannot_be_meant_is_refused(wrong: dict[str, object]):

@@ -22,9 +22,12 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     SlidingWindowSpec,
 )
 
+from kvstore_s3.config import load_settings  # noqa: E402
+from kvstore_s3.connectors.vllm.options import Options  # noqa: E402
 from kvstore_s3.connectors.vllm.refusals import (  # noqa: E402
     REQUEST_REASONS,
     check_engine,
+    check_load_mode,
     ineligible_reason,
     make_namespace,
 )
@@ -48,6 +51,24 @@ def caches(*specs: Any) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "named"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline_parallel_size is 2"),
+        ("scheduler_config", "async_scheduling", True, "async scheduling is on"),
+    ],
+)
+def test_loads_by_layer_need_steps_that_do_not_overlap(
+    config: Any, monkeypatch: pytest.MonkeyPatch, section: str, name: str, value: object, named: str
+):
+    by_layer = Options.parse({"store": "file:///x", "load_mode": "by-layer"}, load_settings())
+    check_load_mode(config, by_layer)
+    monkeypatch.setattr(getattr(config, section), name, value)
+    with pytest.raises(UnsupportedModelError, match=named):
+        check_load_mode(config, by_layer)
+    check_load_mode(config, Options.parse({"store": "file:///x"}, load_settings()))
+
+
 def test_a_plain_engine_is_accepted(config: Any):
     check_engine(config, caches(FULL))
 
@@ -62,6 +83,7 @@ def test_a_plain_engine_is_accepted(config: Any):
         (None, "speculative_config", SimpleNamespace(method="draft_model"), "speculative decoding by 'draft_model'"),
         ("cache_config", "kv_cache_dtype_skip_layers", ["1"], "kv_cache_dtype_skip_layers"),
         ("model_config", "hf_overrides", {"rope_theta": 1}, "hf_overrides"),
+        ("model_config", "hf_config_path", "/elsewhere", "hf_config_path"),
         ("load_config", "load_format", "dummy", "load_format is 'dummy'"),
         ("model_config", "dtype", torch.float32, "model computes in torch.float32"),
     ],
