@@ -99,8 +99,8 @@ class Asking:
         """Whether the keys of a prompt are still to come. Computed in one step, it would be over before it could be
         saved: worth waiting for where another engine waits for what this one saves."""
         self.take(state)
-        late = time.monotonic() - state.asked_at > self._options.lookup_deadline_s
-        return state.lookup is not None and not late
+        overdue = time.monotonic() - state.asked_at > self._options.lookup_deadline_s
+        return state.lookup is not None and not overdue
 
     def _take_answer(self, state: RequestState, answer: Answer | None, now: float) -> None:
         state.lookup = None
