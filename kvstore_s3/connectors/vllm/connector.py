@@ -196,8 +196,13 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # Both.
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        (self._scheduler or self._as_worker()).measure()
-        self._feed.feed()
+        if self._scheduler is not None:
+            self._scheduler.measure()
+            self._feed.feed()
+        else:
+            worker = self._as_worker()
+            worker.measure()
+            self._feed.feed(at_once=worker.has_report)
         return self._tally.take()
 
     @classmethod

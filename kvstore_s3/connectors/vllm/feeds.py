@@ -91,10 +91,12 @@ class StoreFeed:
         self._counters = CounterFeed(store.counters)
         self._next = float("-inf")
 
-    def feed(self, *, now: float | None = None) -> None:
-        """To be called before the tally is taken. `now`: monotonic seconds."""
+    def feed(self, *, at_once: bool = False, now: float | None = None) -> None:
+        """To be called before the tally is taken. `at_once`: what this step ended must not wait for the next one, which
+        may be long in coming. `now`: monotonic seconds.
+        """
         now = monotonic() if now is None else now
-        if now < self._next:
+        if now < self._next and not at_once:
             return
         self._next = now + self._interval_s
         self._counters.feed(self._tally)

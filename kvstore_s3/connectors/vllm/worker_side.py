@@ -163,9 +163,14 @@ class WorkerSide:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    @property
+    def has_report(self) -> bool:
+        """Whether loads or saves ended in this step."""
+        return bool(self._load_reports or self._save_reports)
+
     def take_report(self) -> StepReport | None:
         """What the scheduler half has to know about ended loads and saves."""
-        if not self._load_reports and not self._save_reports:
+        if not self.has_report:
             return None
         stats = self._store.kv.stats()
         link = LinkReport(stats.get("link_bytes_per_s"), stats.get("link_latency_s", 0.0))

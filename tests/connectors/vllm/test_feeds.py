@@ -70,7 +70,13 @@ async def test_a_real_store_tells_of_its_bytes_by_tier_and_of_its_state():
         before = dict(notes.counts)
         feed.feed(now=0.5)
         assert notes.counts == before, "not before the interval is over"
+        feed.feed(now=0.5, at_once=True)
+        assert notes.counts["kvstore_bytes_read/store"] > before.get("kvstore_bytes_read/store", 0)
+        before = dict(notes.counts)
         feed.feed(now=1.0)
+        assert notes.counts == before, "nothing was read since"
+        assert torch.equal(await store.load(await store.lookup(tokens)), kv)
+        feed.feed(now=1.5)
     read = notes.counts.get("kvstore_bytes_read/host", 0) + notes.counts.get("kvstore_bytes_read/store", 0)
     assert read > kv.nbytes, "two loads, encoded"
 
