@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from kvstore_s3.config import Settings
 from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.metrics import Count
+from kvstore_s3.objectstore.awaiting import start_threads
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.pace import Pace
 from kvstore_s3.quality import Quality
@@ -56,6 +58,7 @@ class Loader:
         self._count = count
         cores = settings.codec_threads or os.cpu_count() or 1
         self._chunks_at_once = settings.download_concurrency + cores
+        self._decoders = cores
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
         self._recycler = Recycler(settings.reuse_bytes)
         self.slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
@@ -126,7 +129,8 @@ class Loader:
         return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have the memory that a load of so many tokens takes before the first load waits for it."""
+        """Have threads, and the memory that a load of so many tokens takes, before the first load waits for them."""
+        await asyncio.to_thread(start_threads, self._threads, self._decoders)
         values = self.empty(self._shard.layers, tokens).view(torch.uint8)
         slab = self.slabs.try_acquire(min(self.slabs.budget, 2 * self._settings.range_bytes))
 

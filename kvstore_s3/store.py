@@ -240,7 +240,7 @@ class KVStore:
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have the memory that a load of so many tokens takes before the first load waits for it."""
+        """Have threads, and the memory that a load of so many tokens takes, before the first load waits for them."""
         await self._loader.warm_up(tokens)
 
     def is_near(self, hit: Hit) -> bool:
