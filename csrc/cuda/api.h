@@ -1,0 +1,50 @@
+// The C interface of the GPU code. Two libraries have it: the one that nvcc builds, and its emulation on the host
+// (emulator.h), where every pointer is the host's, `stream` is ignored, and a call has ended when it returns.
+//
+// On a GPU all calls are queued on `stream` (a cudaStream_t) and return at once; none of them synchronises, allocates
+// or reads device memory on the host. "device" marks pointers that kernels follow. A call answers 0, or a cudaError_t.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(_WIN32)
+#define KVS_EXPORT __declspec(dllexport)
+#else
+#define KVS_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" {
+
+// Where values lie: value (layer, kind, token, head, dim) is at
+//   planes[2 * layer + kind] + block_table[token / block_tokens] * block_stride
+//     + token % block_tokens * token_stride + head * head_stride + dim,
+// in elements. Engines' pages are this with their block table; a plain tensor is this with block_table null, where
+// `token` is multiplied by token_stride as it is. `dim` is contiguous, at least 2 bytes aligned.
+struct KvsPages {
+  const std::uint64_t* planes;       // device, [layers][2]: addresses of layer's K and V
+  const std::uint32_t* block_table;  // device, or null
+  std::uint32_t block_tokens;
+  std::uint32_t dim;
+  std::int64_t block_stride, token_stride, head_stride;
+};
+
+// One head's stream of a section in codec 1 (docs/format-lossless.md), whose mode byte the kernel reads.
+struct KvsLosslessJob {
+  std::uint64_t stream;       // device address, at least 2 bytes aligned
+  std::uint32_t length;       // bytes, as the payload's table of lengths says
+  std::uint32_t tokens;       // of the section
+  std::uint32_t token_begin;  // where the section's first token lies in the pages
+  std::uint32_t layer_begin;  // in the pages
+  std::uint16_t layers;       // of the section
+  std::uint8_t kind_begin;    // 0: K, 1: V
+  std::uint8_t kinds;         // 1 or 2
+  std::uint32_t head;         // in the pages
+};
+
+// Decodes bf16 heads into pages. `faults` [count] gets a kvs::Fault for each job, 0 where it is good; where it is not,
+// the job's places in the pages are undefined, and nothing outside of them was touched. Whatever the bytes.
+KVS_EXPORT int kvs_lossless_decode(const KvsLosslessJob* jobs /* device */, std::uint32_t count, const KvsPages* pages,
+                                   std::uint32_t* faults /* device */, void* stream);
+
+}  // extern "C"
