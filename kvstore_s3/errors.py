@@ -49,6 +49,10 @@ class ObjectNotFoundError(StoreError):
     """The object vanished between a lookup and a read."""
 
 
+class DeviceError(KVStoreError):
+    """The GPU, or the code for it, failed: out of memory, an error of CUDA, a library that does not load."""
+
+
 class DamagedObjectError(KVStoreError):
     """Stored bytes are not what was saved under this name: damaged, short, swapped or hostile."""
 
