@@ -1,0 +1,107 @@
+// Starting kernels: the same call queues one on a GPU's stream and runs one on the host.
+//
+// A kernel is a functor (simt.h) that also says how it is compiled:
+//   static constexpr std::uint32_t kThreads;   // threads of its largest block
+//   static constexpr std::uint32_t kResident;  // blocks that a multiprocessor shall hold at once: with
+//   kThreads, what
+//                                              // bounds its registers (65536 / (kThreads * kResident))
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "simt.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#endif
+
+// Constants that kernels index at run time.
+#ifdef __CUDACC__
+#define KVS_DEVICE_TABLE static __device__ constexpr
+#else
+#define KVS_DEVICE_TABLE static constexpr
+#endif
+
+namespace kvs {
+
+inline constexpr std::size_t kSharedWithoutAsking = 48 * 1024;  // of a block; more must be asked for
+
+#ifdef __CUDACC__
+
+// The arguments stay in constant memory: arrays among them may be indexed by a number known at run time only.
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
+    run_kernel(const __grid_constant__ Kernel kernel) {
+  kernel();
+}
+
+// Queues `kernel` in `blocks` blocks of `threads` threads; no blocks are no launch. Answers 0 or a
+// cudaError_t of this call: errors that others left behind are neither reported nor cleared.
+template <typename Kernel>
+int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes,
+           void* stream) {
+  if (blocks == 0) return cudaSuccess;
+  const void* entry = reinterpret_cast<const void*>(&run_kernel<Kernel>);
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  void* arguments[] = {const_cast<Kernel*>(&kernel)};
+  return cudaLaunchKernel(entry, dim3(blocks), dim3(threads), arguments, shared_bytes,
+                          static_cast<cudaStream_t>(stream));
+}
+
+// How many multiprocessors the current device has. Answers 0 or a cudaError_t.
+inline int count_multiprocessors(std::uint32_t* count) {
+  int device = 0, found = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+  *count = static_cast<std::uint32_t>(found);
+  return error;
+}
+
+#else
+
+template <typename Kernel>
+int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes,
+           void*) {
+  if (threads > Kernel::kThreads) {
+    std::fprintf(stderr, "kernel emulator: %u threads in a block that is compiled for %u\n", threads,
+                 Kernel::kThreads);
+    std::abort();
+  }
+  emulator::launch(kernel, blocks, threads, shared_bytes);
+  return 0;
+}
+
+// Few, so that small tests too have more work than blocks.
+inline int count_multiprocessors(std::uint32_t* count) {
+  *count = 2;
+  return 0;
+}
+
+#endif
+
+// A persistent grid: its warps take pieces of work in turn, each piece one warp's.
+struct Grid {
+  std::uint32_t blocks, threads;
+};
+
+// Spreads `pieces` over all multiprocessors before it fills any: a warp that computes alone is faster than
+// one of many. Blocks have between `least_warps` (what a block builds for itself must not take long) and
+// kThreads / 32 warps, and no multiprocessor more than kResident of them.
+template <typename Kernel>
+Grid spread(std::uint32_t pieces, std::uint32_t multiprocessors, std::uint32_t least_warps) {
+  const auto parts = [](std::uint32_t whole, std::uint32_t part) {
+    return whole / part + (whole % part != 0);
+  };
+  const std::uint32_t warps =
+      std::clamp(parts(pieces, multiprocessors), least_warps, Kernel::kThreads / simt::kWarp);
+  const std::uint32_t blocks = std::min(parts(pieces, warps), multiprocessors * Kernel::kResident);
+  return {blocks, warps * simt::kWarp};
+}
+
+}  // namespace kvs

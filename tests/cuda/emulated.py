@@ -1,0 +1,181 @@
+"""The GPU library for tests: its emulation on the host, built where it is not in the cache, or the real one.
+
+With KVSTORE_S3_CUDA=1 the tests run on a GPU with the library that `make cuda` builds; otherwise the kernels' sources
+are compiled as plain C++. Each source is an object of its own, named by the digest of all that it is made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import blake3
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_s3.codec.device.library import Library, find_library
+
+CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
+FLAGS = [
+    *("-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"),
+    # A GPU cannot read across an alignment that a CPU does not mind: here it is an illegal instruction.
+    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
+]
+ON_DEVICE = os.environ.get("KVSTORE_S3_CUDA") == "1"
+"""Read when tests are collected: `clean_environment` hides it from them."""
+
+Array = npt.NDArray[np.generic]
+
+
+class Buffer(Protocol):
+    """Bytes that kernels can reach."""
+
+    address: int
+
+    def read(self) -> bytes: ...
+
+
+class Device(Protocol):
+    """Where kernels run, and its memory."""
+
+    library: Library
+    stream: int
+
+    def put(self, data: Array | bytes, *, align: int = 16) -> Buffer:
+        """A copy whose address is a multiple of `align` and no greater power of two."""
+        ...
+
+
+class GuardedBuffer:
+    """Host memory between pages that cannot be touched; its end lies as near to the second as `align` lets it."""
+
+    def __init__(self, data: bytes, align: int) -> None:
+        page = mmap.PAGESIZE
+        pages = -(-(len(data) + 2 * align) // page)
+        self._length = len(data)
+        self._map = mmap.mmap(-1, (pages + 2) * page)
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        begin = (pages + 1) * page - len(data)
+        begin -= (begin - align) % (2 * align)
+        self.address = self._base + begin
+        ctypes.memmove(self.address, data, len(data))
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        for guard in (self._base, self._base + (pages + 1) * page):
+            if protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) != 0:
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def read(self) -> bytes:
+        return ctypes.string_at(self.address, self._length)
+
+
+class EmulatedDevice:
+    """The host. A kernel that leaves what it was given stops the test run there."""
+
+    stream = 0
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def put(self, data: Array | bytes, *, align: int = 16) -> GuardedBuffer:
+        return GuardedBuffer(_bytes_of(data), align)
+
+
+class TorchBuffer:
+    """Memory of a GPU; what leaves it, `compute-sanitizer` reports."""
+
+    def __init__(self, data: bytes, align: int) -> None:
+        import torch
+
+        host = np.frombuffer(bytes(align) + data, np.uint8).copy()  # torch's own address is a multiple of 512
+        self._tensor = torch.from_numpy(host).to("cuda")
+        self._skip = align
+        self.address = self._tensor.data_ptr() + align
+
+    def read(self) -> bytes:
+        return bytes(self._tensor[self._skip :].cpu().numpy().tobytes())
+
+
+class TorchDevice:
+    """The GPU that torch names first. Kernels run on the default stream, for which `read` waits."""
+
+    stream = 0
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def put(self, data: Array | bytes, *, align: int = 16) -> TorchBuffer:
+        return TorchBuffer(_bytes_of(data), align)
+
+
+def open_device(cache: Path) -> Device:
+    """The GPU where KVSTORE_S3_CUDA asks for one, else the emulation, built into `cache`."""
+    if not ON_DEVICE:
+        return EmulatedDevice(Library(build(cache), emulated=True))
+    found = find_library()
+    if found.library is None:
+        raise RuntimeError(f"KVSTORE_S3_CUDA=1 asks for a GPU's library: {found.reason}; run `make cuda`")
+    return TorchDevice(found.library)
+
+
+def build(cache: Path) -> Path:
+    """The emulation of all kernels as a shared library. One process builds, others wait for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        common = _digest([compiler, FLAGS, _run([*compiler, "--version"])], sorted(CSRC.rglob("*.h")))
+        objects = [_compile(compiler, source, common, cache) for source in _sources()]
+        return _make(
+            cache, _digest(objects, []), ".so", lambda to: [*compiler, "-shared", *map(str, objects), "-o", to]
+        )
+
+
+def _sources() -> list[Path]:
+    """As the GPU's own build takes them (csrc/cuda/CMakeLists.txt)."""
+    return sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
+
+
+def _compile(compiler: list[str], source: Path, common: str, cache: Path) -> Path:
+    def command(to: str) -> list[str]:
+        return [*compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", to]
+
+    return _make(cache, f"{source.stem}-{_digest([common], [source])}", ".o", command)
+
+
+def _make(cache: Path, name: str, suffix: str, command: _Command) -> Path:
+    made = cache / (name + suffix)
+    if not made.exists():
+        unfinished = cache / f"unfinished{suffix}"
+        _run(command(str(unfinished)))
+        unfinished.rename(made)
+    return made
+
+
+class _Command(Protocol):
+    def __call__(self, to: str) -> list[str]: ...
+
+
+def _digest(texts: Iterable[object], files: Iterable[Path]) -> str:
+    digest = blake3.blake3(repr([str(text) for text in texts]).encode())
+    for path in files:
+        digest.update(str(path.relative_to(CSRC)).encode() + b"\0")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def _bytes_of(data: Array | bytes) -> bytes:
+    return data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()
