@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,6 +23,13 @@
 #define KVS_DEVICE_TABLE static __device__ constexpr
 #else
 #define KVS_DEVICE_TABLE static constexpr
+#endif
+
+// Loops over arrays that shall be registers.
+#ifdef __CUDACC__
+#define KVS_UNROLL _Pragma("unroll")
+#else
+#define KVS_UNROLL
 #endif
 
 namespace kvs {
@@ -84,6 +92,17 @@ inline int count_multiprocessors(std::uint32_t* count) {
 }
 
 #endif
+
+// What kvs_limit_multiprocessors was told; 0: no limit.
+inline std::atomic<std::uint32_t> most_multiprocessors = 0;
+
+// How many multiprocessors a persistent grid may fill. Answers 0 or a cudaError_t.
+inline int allow_multiprocessors(std::uint32_t* count) {
+  const int error = count_multiprocessors(count);
+  const std::uint32_t most = most_multiprocessors;
+  if (most != 0) *count = std::min(*count, most);
+  return error;
+}
 
 // A persistent grid: its warps take pieces of work in turn, each piece one warp's.
 struct Grid {

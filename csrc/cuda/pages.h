@@ -22,6 +22,36 @@ KVS_DEVICE TokenRun find_token_run(const KvsPages& pages, std::uint32_t token, s
   return {block * pages.block_stride + within * pages.token_stride, left < end - token ? left : end - token};
 }
 
+// Goes through the runs of tokens [token, end), and divides only once.
+class TokenWalk {
+ public:
+  KVS_DEVICE TokenWalk(const KvsPages& pages, std::uint32_t token, std::uint32_t end)
+      : pages_(pages), token_(token), left_(end - token) {
+    if (pages.block_table == nullptr) return;
+    block_ = token / pages.block_tokens;
+    token_ = token % pages.block_tokens;
+  }
+
+  KVS_DEVICE bool ended() const { return left_ == 0; }
+
+  KVS_DEVICE TokenRun next() {
+    TokenRun run{token_ * pages_.token_stride, left_};
+    if (pages_.block_table != nullptr) {
+      run.offset += pages_.block_table[block_] * pages_.block_stride;
+      const std::uint32_t within = pages_.block_tokens - token_;
+      run.tokens = within < left_ ? within : left_;
+      ++block_;
+      token_ = 0;
+    }
+    left_ -= run.tokens;
+    return run;
+  }
+
+ private:
+  const KvsPages& pages_;
+  std::uint32_t token_, left_, block_ = 0;  // token_: within its block
+};
+
 // The head's values of a layer's K or V, of the first token of the first block.
 template <typename Value>
 KVS_DEVICE Value* find_head(const KvsPages& pages, std::uint32_t layer, std::uint32_t kind,

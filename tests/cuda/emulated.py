@@ -48,26 +48,29 @@ class Device(Protocol):
     library: Library
     stream: int
 
-    def put(self, data: Array | bytes, *, align: int = 16) -> Buffer:
-        """A copy whose address is a multiple of `align` and no greater power of two."""
+    def put(self, data: Array | bytes, *, align: int = 16, skew: int = 0, front: bool = False) -> Buffer:
+        """A copy whose address is `skew` more than a multiple of `align`.
+
+        What lies beyond it cannot be reached where kernels are emulated: up to `align` bytes behind it may be, or, with
+        `front`, `skew` bytes before it.
+        """
         ...
 
 
 class GuardedBuffer:
-    """Host memory between pages that cannot be touched; its end lies as near to the second as `align` lets it."""
+    """Host memory between two pages that cannot be touched."""
 
-    def __init__(self, data: bytes, align: int) -> None:
+    def __init__(self, data: bytes, align: int, skew: int, front: bool) -> None:
         page = mmap.PAGESIZE
-        pages = -(-(len(data) + 2 * align) // page)
+        end = page * (1 + -(-(len(data) + align + skew) // page))
         self._length = len(data)
-        self._map = mmap.mmap(-1, (pages + 2) * page)
+        self._map = mmap.mmap(-1, end + page)
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        begin = (pages + 1) * page - len(data)
-        begin -= (begin - align) % (2 * align)
+        begin = page + skew if front else end - len(data) - (end - len(data) - skew) % align
         self.address = self._base + begin
         ctypes.memmove(self.address, data, len(data))
         protect = ctypes.CDLL(None, use_errno=True).mprotect
-        for guard in (self._base, self._base + (pages + 1) * page):
+        for guard in (self._base, self._base + end):
             if protect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) != 0:
                 raise OSError(ctypes.get_errno(), "mprotect")
 
@@ -83,20 +86,20 @@ class EmulatedDevice:
     def __init__(self, library: Library) -> None:
         self.library = library
 
-    def put(self, data: Array | bytes, *, align: int = 16) -> GuardedBuffer:
-        return GuardedBuffer(_bytes_of(data), align)
+    def put(self, data: Array | bytes, *, align: int = 16, skew: int = 0, front: bool = False) -> GuardedBuffer:
+        return GuardedBuffer(_bytes_of(data), align, skew, front)
 
 
 class TorchBuffer:
     """Memory of a GPU; what leaves it, `compute-sanitizer` reports."""
 
-    def __init__(self, data: bytes, align: int) -> None:
+    def __init__(self, data: bytes, skew: int) -> None:
         import torch
 
-        host = np.frombuffer(bytes(align) + data, np.uint8).copy()  # torch's own address is a multiple of 512
+        host = np.frombuffer(bytes(skew) + data, np.uint8).copy()  # torch's own address is a multiple of 512
         self._tensor = torch.from_numpy(host).to("cuda")
-        self._skip = align
-        self.address = self._tensor.data_ptr() + align
+        self._skip = skew
+        self.address = self._tensor.data_ptr() + skew
 
     def read(self) -> bytes:
         return bytes(self._tensor[self._skip :].cpu().numpy().tobytes())
@@ -110,8 +113,8 @@ class TorchDevice:
     def __init__(self, library: Library) -> None:
         self.library = library
 
-    def put(self, data: Array | bytes, *, align: int = 16) -> TorchBuffer:
-        return TorchBuffer(_bytes_of(data), align)
+    def put(self, data: Array | bytes, *, align: int = 16, skew: int = 0, front: bool = False) -> TorchBuffer:
+        return TorchBuffer(_bytes_of(data), skew)
 
 
 def open_device(cache: Path) -> Device:

@@ -1,0 +1,214 @@
+// What a warp needs to decode a lossless stream: the block's tables, the queue of words, the parts of a
+// stream.
+#pragma once
+
+#include "../format.h"
+#include "../lossless_tables.h"
+#include "../rans.h"
+#include "device_memory.h"
+#include "launch.h"
+
+namespace kvs {
+
+// Sixteen tables of 4,096 packed entries would take 256 KB, more than a multiprocessor has. So a slot is
+// looked up twice: a byte names the symbol (64 KB), a word says what pop_symbol needs of it (4 KB).
+//
+// The surprises first:
+// - A symbol is 2 * step + sign here, so that one multiplication of it makes a value (plain_value).
+// - Slots of all tables are counted as one array from -65536 to -1: `(state mod 4096) | lane's first slot` is
+// then
+//   both the slot's place in shared memory and a summand of the next state, with the entry's `back` it is
+//   slot minus first[symbol].
+// - A table's entries begin one word further than a multiple of 64 words: tables differ in their banks.
+struct DecodeTables {
+  static constexpr std::uint32_t kStride = kSymbols + 1;  // of a table's entries, in words
+  static constexpr std::uint32_t kAllSlots = kTables * kSlots;
+  static constexpr std::uint32_t kEscape = 1u << 12;
+  static constexpr std::uint32_t kBytes = kAllSlots + 4 * kTables * kStride;
+
+  // Frequency in bits 0-11, escape in 12; in 15-31 `back`, the distance of the symbol's first slot from the
+  // end.
+  static constexpr std::uint32_t pack(std::uint32_t frequency, bool escape, std::uint32_t back) {
+    return frequency | (escape ? kEscape : 0) | back << 15;
+  }
+  KVS_HOST_DEVICE static std::uint32_t frequency(std::uint32_t entry) { return entry & 0xFFF; }
+  KVS_HOST_DEVICE static std::uint32_t back(std::uint32_t entry) { return entry >> 15; }
+
+  std::uint8_t* slots;  // [kAllSlots]
+  std::uint32_t* entries;
+
+  KVS_DEVICE explicit DecodeTables(std::uint8_t* shared)
+      : slots(shared), entries(reinterpret_cast<std::uint32_t*>(shared + kAllSlots)) {}
+
+  // By all threads of the block.
+  KVS_DEVICE void build() const;
+};
+
+struct DecodeEntries {
+  std::uint32_t words[kTables * DecodeTables::kStride];
+
+  constexpr DecodeEntries() : words() {
+    for (std::uint32_t table = 0; table < kTables; ++table) {
+      std::uint32_t back = DecodeTables::kAllSlots - table * kSlots;
+      for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
+        const std::uint32_t step = symbol % 32, frequency = kFrequencies[table][symbol];
+        words[table * DecodeTables::kStride + 2 * step + symbol / 32] =
+            DecodeTables::pack(frequency, step >= kEscapeStep, back);
+        back -= frequency;
+      }
+    }
+  }
+};
+KVS_DEVICE_TABLE DecodeEntries kDecodeEntries;
+
+// Some 5,000 cycles for a block of 16 warps: 3 us, once for all of its streams.
+KVS_DEVICE void DecodeTables::build() const {
+  for (std::uint32_t i = simt::thread(); i < kTables * kStride; i += simt::threads()) {
+    entries[i] = kDecodeEntries.words[i];
+  }
+  simt::sync_block();
+  for (std::uint32_t table = simt::warp(); table < kTables; table += simt::warps()) {
+    for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
+      const std::uint32_t entry = entries[table * kStride + symbol];
+      std::uint8_t* first = slots + (kAllSlots - back(entry));
+      for (std::uint32_t i = simt::lane(); i < frequency(entry); i += simt::kWarp) {
+        first[i] = static_cast<std::uint8_t>(symbol);
+      }
+    }
+  }
+  simt::sync_block();
+}
+
+// The words of a stream on their way to the lanes: 256 of them in shared memory, 64 more already asked for,
+// one pair in a register of each lane. Device memory is read in whole, aligned 32-bit numbers, coalesced, and
+// never waited for unless a warp takes 64 words in less time than a read takes.
+class WordQueue {
+ public:
+  static constexpr std::uint32_t kWords = 256;  // in shared memory
+  static constexpr std::uint32_t kFill = 64;    // words that are asked for at once
+  static constexpr std::uint32_t kMost = 4;     // rows that fill() has words for, whatever they take
+  static constexpr std::uint32_t kBytes = 2 * kWords;
+
+  // `words` of a coded stream: the two bytes before them (of a state) and behind them (rows and classes) may
+  // be read.
+  KVS_DEVICE WordQueue(std::uint8_t* shared, const std::uint8_t* words, std::uint32_t count)
+      : ring_(shared),
+        skew_(reinterpret_cast<std::uintptr_t>(words) / 2 % 2),
+        end_(skew_ + count),
+        next_(skew_) {
+    from_ = reinterpret_cast<const std::uint32_t*>(words - 2 * skew_);
+    asked_ = ask();
+  }
+
+  // Words for the next kMost rows are in the queue after this: zeros where the stream has no more. All lanes.
+  KVS_DEVICE void fill() {
+    if (filled_ >= next_ + kMost * kLanes) return;
+    simt::sync_warp();  // what is overwritten has been read by all
+    do {
+      reinterpret_cast<std::uint32_t*>(ring_)[filled_ % kWords / 2 + simt::lane()] = asked_;
+      filled_ += kFill;
+      asked_ = ask();
+    } while (filled_ < next_ + kMost * kLanes);
+    simt::sync_warp();
+  }
+
+  // The state of a row's lane after it took its word, where it needs one; lanes take them in ascending order.
+  KVS_DEVICE std::uint32_t pull(std::uint32_t state, bool takes_part) {
+    const bool needs = takes_part && needs_word(state);
+    const std::uint32_t hungry = simt::ballot(needs);
+    const std::uint32_t at = next_ + simt::count_bits(hungry & simt::lanes_before());
+    next_ += simt::count_bits(hungry);
+    return needs ? pull_word(state, reinterpret_cast<const std::uint16_t*>(ring_)[at % kWords], 1) : state;
+  }
+
+  KVS_DEVICE bool overdrawn() const { return next_ > end_; }
+  KVS_DEVICE bool empty() const { return next_ == end_; }
+
+ private:
+  KVS_DEVICE std::uint32_t ask() const {
+    const std::uint32_t pair = filled_ / 2 + simt::lane();
+    return 2 * pair < end_ ? load_constant(from_ + pair) : 0;
+  }
+
+  std::uint8_t* ring_;  // 4 bytes aligned
+  const std::uint32_t* from_;
+  std::uint32_t skew_, end_, next_;  // words, counted from `from_`
+  std::uint32_t filled_ = 0;         // where the next pairs go: a multiple of kFill
+  std::uint32_t asked_;
+};
+
+// The escape bytes, taken in rows' order, then the lanes'.
+class EscapeBytes {
+ public:
+  KVS_DEVICE EscapeBytes(const std::uint8_t* from, std::uint32_t count) : from_(from), count_(count) {}
+
+  // `value` with its exponent, where the lane `escapes`. All lanes.
+  KVS_DEVICE std::uint32_t take(std::uint32_t value, bool escapes) {
+    const std::uint32_t escaped = simt::ballot(escapes);
+    const std::uint32_t at = next_ + simt::count_bits(escaped & simt::lanes_before());
+    next_ += simt::count_bits(escaped);
+    return escapes && at < count_ ? replace_exponent(value, load_constant(from_ + at)) : value;
+  }
+
+  KVS_DEVICE bool overdrawn() const { return next_ > count_; }
+  KVS_DEVICE bool empty() const { return next_ == count_; }
+
+ private:
+  const std::uint8_t* from_;
+  std::uint32_t count_, next_ = 0;
+};
+
+KVS_DEVICE std::uint32_t load_word(const std::uint8_t* from) {
+  return load_constant(reinterpret_cast<const std::uint16_t*>(from));
+}
+KVS_DEVICE std::uint32_t load_two_words(const std::uint8_t* from) {
+  return load_word(from) | load_word(from + 2) << 16;
+}
+
+KVS_DEVICE std::uint32_t bytes_of_row(std::uint32_t lanes) { return (lanes * kLowBits + 7) / 8; }
+
+// A coded stream cut up; all of it is 2 bytes aligned but for classes and escapes.
+struct CodedParts {
+  const std::uint8_t *states, *words, *rows, *classes, *escapes;
+  std::uint32_t word_count, escape_count, top_min, top_bits;
+
+  // Where the parts lie in `length` bytes. False where the header is not one, or calls for another length.
+  KVS_DEVICE bool cut(const std::uint8_t* stream, std::uint32_t length, std::uint32_t components,
+                      std::uint32_t tokens) {
+    if (length < kCodedHeader) return false;
+    top_min = load_constant(stream + 1);
+    top_bits = load_constant(stream + 2);
+    if (top_bits > 8 || load_constant(stream + 3) != 0) return false;
+    word_count = load_two_words(stream + 4);
+    escape_count = load_two_words(stream + 8);
+    const std::uint32_t last = (components - 1) / kLanes, lanes = components < kLanes ? components : kLanes;
+    const std::uint64_t row =
+        std::uint64_t{last} * bytes_of_row(kLanes) + bytes_of_row(components - last * kLanes);
+    const std::uint64_t at_words = kCodedHeader + 4 * lanes;
+    const std::uint64_t at_rows = at_words + 2 * std::uint64_t{word_count};
+    const std::uint64_t at_classes = at_rows + tokens * row;
+    const std::uint64_t at_escapes =
+        at_classes + (std::uint64_t{components} * (kClassBits + top_bits) + 7) / 8;
+    states = stream + kCodedHeader;
+    words = stream + at_words;
+    rows = stream + at_rows;
+    classes = stream + at_classes;
+    escapes = stream + at_escapes;
+    return (at_escapes + escape_count + 3) / 4 * 4 == length;
+  }
+
+  // Class of a component: table in bits 0-3, flip in bit 4, top in bits 5-12.
+  KVS_DEVICE std::uint32_t read_class(std::uint32_t component) const {
+    const std::uint32_t bits = kClassBits + top_bits;
+    const std::uint64_t bit = std::uint64_t{component} * bits;
+    const std::uint32_t shift = bit % 8;
+    std::uint32_t window = 0;
+    for (std::uint32_t i = 0; 8 * i < shift + bits; ++i)
+      window |= std::uint32_t{load_constant(classes + bit / 8 + i)} << 8 * i;
+    const std::uint32_t field = window >> shift & ((1u << bits) - 1);
+    const std::uint32_t top = (top_min + (field >> kClassBits)) & 255;
+    return (field & ((1u << kClassBits) - 1)) | top << kClassBits;
+  }
+};
+
+}  // namespace kvs
