@@ -18,8 +18,11 @@ FUZZ_DIR := build/fuzz
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+# The GPU's half is compiled by `make cuda`; a change there is no reason to install anew.
+INSTALLED := $(filter-out csrc/cuda/%,$(NATIVE))
 
-.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io bench-vllm fuzz clean
+.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io bench-vllm \
+  bench-gpu cuda gpu-check gpu-wheels fuzz clean
 
 help: ## this list
 	@echo "kvstore_s3: persistent LLM KV caches on object stores"
@@ -28,7 +31,7 @@ help: ## this list
 
 venv: $(VENV)/.installed ## build .venv: the package, its command line and its development needs
 
-$(VENV)/.installed: pyproject.toml $(NATIVE)
+$(VENV)/.installed: pyproject.toml $(INSTALLED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvstore_s3 needs Python 3.11 or newer; say which: make PYTHON=python3.12"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# uv installs in seconds what takes pip minutes, and shares one copy between checkouts; pip is the way without it.
@@ -73,7 +76,7 @@ bench: venv ## run the benchmarks; results go to benchmarks/results/ as JSON
 # The decoders and encoders as the fuzzers link them: everything but the bindings.
 FUZZ_FLAGS := -std=c++20 -O1 -g -fno-omit-frame-pointer -ffp-contract=off -Wall -Wextra -Wno-pass-failed \
   -fsanitize=address,undefined -fno-sanitize-recover=all
-FUZZED := $(patsubst csrc/%.cpp,$(FUZZ_DIR)/%.o,$(filter-out csrc/bindings% csrc/fuzz/%,$(filter %.cpp,$(NATIVE))))
+FUZZED := $(patsubst csrc/%.cpp,$(FUZZ_DIR)/%.o,$(filter-out csrc/bindings% csrc/fuzz/%,$(filter %.cpp,$(INSTALLED))))
 
 fuzz: $(FUZZ_DIR)/.can-fuzz ## fuzz the native decoders under ASan and UBSan (clang, FUZZ_SECONDS=60 for each); findings stay in build/fuzz
 	@$(MAKE) --no-print-directory $(FUZZ_DIR)/write_seeds $(FUZZ_DIR)/fuzz_lossless $(FUZZ_DIR)/fuzz_scalable
@@ -109,6 +112,18 @@ bench-io: $(VENV)/.bench-io ## cost of moving bytes beside other S3 clients, loo
 
 bench-vllm: ## a real vLLM on the CPU with MinIO: hits beside LMCache, tiers, many clients, cost of saving: table, JSON, SVG
 	@.ci/bench-vllm
+
+cuda: ## build the GPU library into the package, with this machine's nvcc or PyPI's; needs no GPU
+	@.ci/cuda-build
+
+gpu-check: ## on a machine with a GPU: build, test, sanitize, measure; needs python3 with torch, nvcc, no network
+	@$(PYTHON) .ci/gpu-check
+
+gpu-wheels: ## fetch what gpu-check needs where Python has torch but not the rest (GPU_CHECK_WHEELS=dir, GPU_PYTHON=3.12)
+	@$(PYTHON) .ci/gpu-wheels
+
+bench-gpu: venv cuda ## decode and encode GB/s on a GPU beside what limits them; `make gpu-check` runs it too
+	@$(BIN)/python benchmarks/gpu_bench.py
 
 $(VENV)/.bench-io: $(VENV)/.installed
 	@echo "installing the S3 clients to compare with into $(VENV)"
