@@ -298,6 +298,18 @@ def gc(
     return work
 
 
+@app.command(short_help="Say what this installation can do on this machine.")
+def doctor(json: options.Json = False) -> Work:
+    """Say what this installation can do here: the CPU's codecs, the GPU library, the GPU. Needs no store."""
+
+    def work() -> Report:
+        from kvstore_s3.cli.doctor import examine
+
+        return examine()
+
+    return work
+
+
 def find_help(arguments: Sequence[str]) -> str | None:
     """The help text that `arguments` ask for, if they do. Typer's own way to it goes through pydantic: 0.3 s."""
     options_only = arguments[: list(arguments).index("--")] if "--" in arguments else arguments
