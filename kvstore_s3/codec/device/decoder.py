@@ -1,0 +1,338 @@
+"""Decoding into a device's memory: compressed bytes go to it, kernels decode them where the values belong.
+
+One thread queues: it takes all that waits, up to a slot of staging memory, copies it on the copy stream and launches
+on the decode stream, so that the more waits, the more is decoded at once. Another thread waits for what was queued, by
+events, and tells whose it was. With several slots, bytes travel while others are decoded. Nothing waits for the whole
+device, nor on the engine's streams.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvstore_s3.codec.device.jobs import Form, Piece, Target
+from kvstore_s3.codec.device.library import LOSSLESS_JOB, Library, Pages
+from kvstore_s3.codec.device.requests import ALIGNMENT, Copy, Part, Request, Room, Waiting
+from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
+from kvstore_s3.errors import (
+    BitstreamFault,
+    DamagedObjectError,
+    DeviceError,
+    InvalidArgumentError,
+    KVStoreError,
+)
+
+SLOTS = 3
+"""Batches under way at once: one is copied, one decoded, and one is being told of or queued."""
+CONTROL_BYTES = 1 << 20
+"""Of each slot, for jobs, planes and faults: some 25,000 jobs. As much again on the host, page-locked."""
+SMALLEST_BUDGET = SLOTS * 2 * CONTROL_BYTES
+
+_NOT_RUN = 0xFFFFFFFF
+"""The fault of a job that no kernel has come to."""
+
+LOSSLESS = 1
+"""The codec that kernels decode."""
+
+_FAILURES = (RuntimeError, AssertionError, MemoryError)
+"""What torch raises: AssertionError where it was built without CUDA."""
+
+
+class _HostBytes:
+    """Memory of this process for numpy, which nothing here will write to: a view may be of bytes."""
+
+    def __init__(self, address: int, length: int) -> None:
+        self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
+
+
+class Slot:
+    """Staging memory of one batch, taken from torch's allocator when it is first needed."""
+
+    def __init__(self, device: torch.device, data_bytes: int, *, pin: bool) -> None:
+        self._shared = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
+        self._memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
+        self.control = self._shared.numpy()
+        self.control_address: int = self._memory.data_ptr()
+        self.data_address: int = self.control_address + CONTROL_BYTES
+
+    def bring(self, piece: Piece, at: int) -> None:
+        """Queue the copy of a piece to byte `at` of the slot's data."""
+        source = torch.from_numpy(np.asarray(_HostBytes(piece.address, piece.length)))
+        begin = CONTROL_BYTES + at
+        self._memory[begin : begin + piece.length].copy_(source, non_blocking=True)
+
+    def bring_control(self, size: int) -> None:
+        """Queue the copy of the first `size` bytes of `control` to the device."""
+        self._memory[:size].copy_(self._shared[:size], non_blocking=True)
+
+    def fetch_control(self, begin: int, end: int) -> None:
+        """Queue the copy of these bytes back into `control`."""
+        self._shared[begin:end].copy_(self._memory[begin:end], non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A batch that was queued: its parts, each with its jobs, and when it has ended."""
+
+    parts: Sequence[tuple[Part, slice]]
+    slot: Slot | None
+    faults: slice
+    """Bytes of the slot's control."""
+    end: Mark | None
+    error: KVStoreError | None = None
+    """Why it could not be queued."""
+
+
+class DeviceDecoder:
+    """Decodes sections into tensors on `device`, within `budget_bytes` of its memory. For several threads.
+
+    `library` None: what the CPU decoded is copied, and nothing decoded here. `device` may be the host, for the
+    emulated library. Raises `InvalidArgumentError` for a budget below `SMALLEST_BUDGET`. To be closed.
+    """
+
+    def __init__(self, library: Library | None, device: torch.device, budget_bytes: int) -> None:
+        if budget_bytes < SMALLEST_BUDGET:
+            raise InvalidArgumentError(f"{budget_bytes} bytes are too few to decode in; give {SMALLEST_BUDGET}")
+        self.device = device
+        self.largest = (budget_bytes // SLOTS - CONTROL_BYTES) // ALIGNMENT * ALIGNMENT
+        """Bytes of the largest piece."""
+        self._library = library
+        self._streams: Streams | None = None
+        self._waiting = Waiting()
+        self._free: SimpleQueue[Slot | None] = SimpleQueue()
+        self._flights: SimpleQueue[Flight | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        for _ in range(SLOTS):
+            self._free.put(None)  # a place for one that was not needed yet
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what was queued, and let the memory go; what still waits fails. Safe to call twice."""
+        self._waiting.close()
+        with self._lock:
+            threads, self._threads = self._threads, []
+        for thread in threads:
+            thread.join()
+        self._free = SimpleQueue()
+
+    def takes(self, codec: int, dtype: str, size: int) -> bool:
+        """Whether kernels decode a payload of `size` bytes of this codec and dtype."""
+        return (
+            self._library is not None
+            and codec == LOSSLESS
+            and dtype == "bfloat16"
+            and size <= self.largest
+            and self._library.has("kvs_lossless_decode")
+        )
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the device, its content undefined. Raises `DeviceError` where there is not enough."""
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        except _FAILURES as error:
+            raise _failed(error, "memory for values") from error
+
+    def staging(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host to copy values from, page-locked where there is a GPU."""
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        except _FAILURES as error:
+            raise _failed(error, "page-locked memory for values") from error
+
+    def mark_current(self) -> Mark | None:
+        """A mark in the calling thread's queue: memory that it allocated may be written to from there on."""
+        try:
+            return self._open().mark_current()
+        except _FAILURES as error:
+            raise _failed(error, "an event") from error
+
+    def decode(
+        self, target: Target, pieces: Sequence[Piece], copies: Sequence[Copy] = (), *, after: Mark | None = None
+    ) -> Future[None]:
+        """Decode `pieces`, none larger than `largest`, into `target`, and make `copies`.
+
+        The bytes of the pieces and the target must stay until the future is done: then all values are there for any
+        stream. It raises `DamagedObjectError` or `DeviceError`, and the target is undefined. It can be cancelled until
+        it has begun. Raises `StoreUnavailableError` once closed.
+        """
+        request = Request(target, pieces, copies, after)
+        if not request.parts:
+            request.future.set_result(None)
+            return request.future
+        self._waiting.add(request)
+        self._start()
+        return request.future
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._threads:
+                for work, name in ((self._queue_all, "queue"), (self._land_all, "land")):
+                    thread = threading.Thread(target=work, name=f"kvstore-s3-device-{name}", daemon=True)
+                    self._threads.append(thread)
+                    thread.start()
+
+    def _open(self) -> Streams:
+        with self._lock:
+            if self._streams is None:
+                self._streams = open_streams(self.device)
+            return self._streams
+
+    def _queue_all(self) -> None:
+        while True:
+            slot = self._free.get()
+            parts = self._waiting.take(Room(self.largest, CONTROL_BYTES))
+            if not parts:
+                self._flights.put(None)
+                return
+            self._flights.put(self._try_queue(slot, parts))
+
+    def _try_queue(self, slot: Slot | None, parts: list[Part]) -> Flight:
+        try:
+            streams = self._open()
+            with streams.decoding():
+                slot = slot or Slot(self.device, self.largest, pin=streams.pin)
+            return self._queue(streams, slot, parts)
+        except (*_FAILURES, KVStoreError) as error:
+            told = error if isinstance(error, KVStoreError) else _failed(error, "queueing work")
+            return Flight([(part, slice(0)) for part in parts], slot, slice(0), None, told)
+
+    def _queue(self, streams: Streams, slot: Slot, parts: list[Part]) -> Flight:
+        batch = lay_out(parts, slot)
+        with streams.copying():
+            for piece, at in batch.places:
+                slot.bring(piece, at)
+            slot.bring_control(batch.faults.stop)
+        for request in {id(part.request): part.request for part in parts}.values():
+            streams.wait_for(request.after)
+        with streams.decoding():
+            for form, jobs in batch.launches:
+                self._launch(streams, slot, batch, form, jobs)
+            for part in parts:
+                if part.piece is None:
+                    for copy in part.request.copies:
+                        copy.to.copy_(copy.values, non_blocking=True)
+            slot.fetch_control(batch.faults.start, batch.faults.stop)
+            return Flight(batch.parts, slot, batch.faults, streams.mark_decoded())
+
+    def _launch(self, streams: Streams, slot: Slot, batch: Batch, form: Form, jobs: slice) -> None:
+        assert self._library is not None
+        pages = Pages(
+            slot.control_address + batch.planes_at,
+            form.block_table,
+            form.block_tokens,
+            form.dim,
+            form.block_stride,
+            form.token_stride,
+            form.head_stride,
+        )
+        self._library.lossless_decode(
+            slot.control_address + jobs.start * LOSSLESS_JOB.itemsize,
+            jobs.stop - jobs.start,
+            pages,
+            slot.control_address + batch.faults.start + 4 * jobs.start,
+            streams.decode_handle,
+        )
+
+    def _land_all(self) -> None:
+        while (flight := self._flights.get()) is not None:
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        error, faults = flight.error, np.zeros(0, np.uint32)
+        try:
+            if flight.end is not None and flight.slot is not None:
+                flight.end.synchronize()
+                faults = flight.slot.control[flight.faults].view(np.uint32).copy()
+            elif self._streams is not None:
+                self._streams.settle()  # nothing of it may be under way when its memory is given to others
+        except _FAILURES as failure:
+            error = error or _failed(failure, "decoding")
+        self._free.put(flight.slot)
+        for part, jobs in flight.parts:
+            part.request.end_part(error or _fault_of(faults[jobs]))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """How a batch lies in its slot. `control` is jobs, planes, faults."""
+
+    parts: list[tuple[Part, slice]]
+    """With the jobs of each."""
+    places: list[tuple[Piece, int]]
+    """Where in the data each piece goes."""
+    launches: list[tuple[Form, slice]]
+    """Jobs of one form are launched together."""
+    planes_at: int
+    faults: slice
+    """Bytes of the control."""
+
+
+def lay_out(parts: Sequence[Part], slot: Slot) -> Batch:
+    """Give all of `parts` their places, and write the slot's control."""
+    pieces = [(part, part.piece) for part in parts if part.piece is not None]
+    pieces.sort(key=lambda item: _order(item[0].request.target.form))
+    count = sum(len(piece.jobs) for _, piece in pieces)
+    requests = {id(part.request): part.request for part, _ in pieces}
+    planes_at = count * LOSSLESS_JOB.itemsize
+    layers = {}
+    planes = slot.control[planes_at:].view(np.uint64)
+    row = 0
+    for number, request in requests.items():
+        found = request.target.planes
+        planes[2 * row : 2 * (row + len(found))] = found.ravel()
+        layers[number] = row
+        row += len(found)
+    faults_at = planes_at + 16 * row
+    faults = slice(faults_at, faults_at + 4 * count)
+    slot.control[faults].view(np.uint32)[:] = _NOT_RUN
+    jobs: npt.NDArray[Any] = slot.control[:planes_at].view(LOSSLESS_JOB)
+    batch = Batch([(part, slice(0)) for part in parts if part.piece is None], [], [], planes_at, faults)
+    first = at = 0
+    for part, piece in pieces:
+        own = slice(first, first + len(piece.jobs))
+        jobs[own] = piece.jobs
+        jobs["stream"][own] += np.uint64(slot.data_address + at)
+        jobs["layer_begin"][own] += np.uint32(layers[id(part.request)])
+        batch.parts.append((part, own))
+        batch.places.append((piece, at))
+        form = part.request.target.form
+        if batch.launches and batch.launches[-1][0] == form:
+            batch.launches[-1] = (form, slice(batch.launches[-1][1].start, own.stop))
+        else:
+            batch.launches.append((form, own))
+        first, at = own.stop, at + -(-piece.length // ALIGNMENT) * ALIGNMENT
+    return batch
+
+
+def _order(form: Form) -> tuple[int, ...]:
+    return (form.block_table, form.block_tokens, form.block_stride, form.dim, form.token_stride, form.head_stride)
+
+
+def _fault_of(faults: npt.NDArray[np.uint32]) -> KVStoreError | None:
+    bad = faults[faults != 0]
+    if not len(bad):
+        return None
+    if int(bad[0]) not in BitstreamFault.__members__.values():
+        return DeviceError("a kernel has not come to a stream; the GPU or its driver failed")
+    return DamagedObjectError(
+        BitstreamFault(int(bad[0])), f"{len(bad)} of {len(faults)} heads do not decode to the layout's shape"
+    )
+
+
+def _failed(error: Exception, what: str) -> DeviceError:
+    return DeviceError(f"the device failed at {what}: {str(error).partition(chr(10))[0]}")

@@ -1,0 +1,150 @@
+"""What waits to be decoded on a device, and which of it goes together."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_s3.codec.device.jobs import Piece, Target
+from kvstore_s3.codec.device.library import LOSSLESS_JOB
+from kvstore_s3.codec.device.streams import Mark
+from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+
+ALIGNMENT = 16
+"""Of each piece in the device's memory, in bytes."""
+
+_JOB_BYTES = LOSSLESS_JOB.itemsize + 4
+"""A job and its fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Values that the CPU decoded, on the host, and where they go on the device: tensors of one shape and dtype."""
+
+    values: torch.Tensor
+    to: torch.Tensor
+
+
+class Request:
+    """One share of a load. `future` is done when nothing of it is under way any more, and only then.
+
+    `after` is a mark from which on the target's memory may be written to.
+    """
+
+    def __init__(self, target: Target, pieces: Sequence[Piece], copies: Sequence[Copy], after: Mark | None) -> None:
+        self.target = target
+        self.copies = copies
+        self.after = after
+        self.future: Future[None] = Future()
+        self.parts: list[Piece | None] = [*pieces, *([None] if copies else [])]
+        """Pieces; None stands for the copies."""
+        self._left = len(self.parts)
+        self._begun = self._cancelled = False
+        self._error: KVStoreError | None = None
+        self._lock = threading.Lock()  # parts end in two threads
+
+    def begin(self) -> bool:
+        """Whether a part of it should begin: it was not cancelled, and has not failed."""
+        if not self._begun and not self._cancelled:
+            self._begun = self.future.set_running_or_notify_cancel()
+            self._cancelled = not self._begun
+        return self._begun and self._error is None
+
+    def end_part(self, error: KVStoreError | None = None) -> None:
+        """Note that a part has ended, or will not begin; the last one ends the request."""
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            if self._left or not self._begun:
+                return
+        if self._error is not None:
+            self.future.set_exception(self._error)
+        else:
+            self.future.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a request, or (None) its copies."""
+
+    request: Request
+    piece: Piece | None
+
+
+class Room:
+    """What still fits into one batch: bytes of streams, and of jobs, their faults and the planes of targets."""
+
+    def __init__(self, data_bytes: int, control_bytes: int) -> None:
+        self._data, self._control = data_bytes, control_bytes
+        self._requests: set[int] = set()
+
+    def take(self, part: Part) -> bool:
+        """Make room for a part; False where there is none."""
+        piece = part.piece
+        if piece is None:
+            return True
+        data = -(-piece.length // ALIGNMENT) * ALIGNMENT
+        control = len(piece.jobs) * _JOB_BYTES
+        if id(part.request) not in self._requests:
+            control += part.request.target.planes.nbytes
+        if data > self._data or control > self._control:
+            return False
+        self._data -= data
+        self._control -= control
+        self._requests.add(id(part.request))
+        return True
+
+
+class Waiting:
+    """Parts of requests, first come first served. For several threads."""
+
+    def __init__(self) -> None:
+        self._parts: deque[Part] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def add(self, request: Request) -> None:
+        """Raises `StoreUnavailableError` once closed."""
+        with self._changed:
+            if self._closed:
+                raise StoreUnavailableError("the store was closed; open it again")
+            self._parts.extend(Part(request, piece) for piece in request.parts)
+            self._changed.notify()
+
+    def take(self, room: Room) -> list[Part]:
+        """Wait for parts, and take as many as there is room for; none: closed."""
+        with self._changed:
+            while True:
+                taken: list[Part] = []
+                while self._parts and self._take_first(room, taken):
+                    pass
+                if taken or self._closed:
+                    return taken
+                self._changed.wait()
+
+    def close(self) -> None:
+        """Fail what has not begun, and wake who waits."""
+        error = StoreUnavailableError("the store was closed; open it again")
+        with self._changed:
+            self._closed = True
+            while self._parts:
+                part = self._parts.popleft()
+                part.request.begin()
+                part.request.end_part(error)
+            self._changed.notify_all()
+
+    def _take_first(self, room: Room, taken: list[Part]) -> bool:
+        part = self._parts[0]
+        if not part.request.begin():
+            self._parts.popleft()
+            part.request.end_part()
+            return True
+        if not room.take(part):
+            return False
+        taken.append(self._parts.popleft())
+        return True
