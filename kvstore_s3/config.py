@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     pin_memory: bool | None = None
     """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
 
+    device_buffer_bytes: Annotated[int, Field(ge=6 * MiB)] = 128 * MiB
+    """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels."""
+
     reuse_bytes: Annotated[int, Field(ge=0)] = 512 * MiB
     """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""
 

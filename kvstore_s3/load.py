@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -36,13 +36,17 @@ from kvstore_s3.transfer.ranges import BandRange, count_levels, group_levels
 
 if TYPE_CHECKING:
     from kvstore_s3.codec.calibration import Calibration
+    from kvstore_s3.device_load import DevicePlace
 
 T = TypeVar("T")
+
+Place: TypeAlias = "Bits | DevicePlace"
+"""Where values [layers, 2, tokens, heads, dim] are decoded to, on the host or on a device."""
 
 LOST = (DamagedObjectError, ObjectNotFoundError)
 """What ends a hit instead of failing it."""
 
-_HALVES = {PARTS_K: slice(0, 1), PARTS_V: slice(1, 2), PARTS_KV: slice(0, 2)}
+HALVES = {PARTS_K: slice(0, 1), PARTS_V: slice(1, 2), PARTS_KV: slice(0, 2)}
 """Where a section's K, V or both lie in values [layers, 2, ...]."""
 
 
@@ -159,7 +163,7 @@ def cut_chunks(shard: Shard, chunks: Sequence[StoredChunk]) -> list[list[tuple[i
     return cut
 
 
-def part_of(values: Bits, part: Shard, whole: Shard) -> Bits:
+def part_of(values: Place, part: Shard, whole: Shard) -> Place:
     """The rectangle `part` of `values` [layers, 2, tokens, heads, dim], which are those of `whole`."""
     layers = slice(part.layer_begin - whole.layer_begin, part.layer_end - whole.layer_begin)
     heads = slice(part.head_begin - whole.head_begin, part.head_end - whole.head_begin)
@@ -180,9 +184,7 @@ def decode_band(
     """
     payloads: dict[int, memoryview] = {}
     for part, data in pieces:
-        for number in part.sections:
-            section = header.table.sections[number]
-            payloads[number] = header.verify(number, data[section.offset - part.start : section.end - part.start])
+        payloads |= verify_range(header, part, data)
     head_begin = wanted.head_begin - header.identity.shard.head_begin
     for numbers in group_levels(header.table, list(payloads)):
         place = header.table.sections[numbers[0]]
@@ -193,8 +195,17 @@ def decode_band(
         stored = [payloads[number] for number in numbers]
         decode_section(header, numbers, stored, whole, first_token, calibration, head_begin=head_begin)
         if whole is not target:
-            halves = _HALVES[place.parts]
+            halves = HALVES[place.parts]
             target[:, halves] = whole[begin - place.layer_begin : end - place.layer_begin, halves]
+
+
+def verify_range(header: Header, part: BandRange, data: memoryview) -> dict[int, memoryview]:
+    """The payloads of the sections that `data`, the bytes of `part`, has. Raises `DamagedObjectError`."""
+    payloads = {}
+    for number in part.sections:
+        section = header.table.sections[number]
+        payloads[number] = header.verify(number, data[section.offset - part.start : section.end - part.start])
+    return payloads
 
 
 def decode_section(
@@ -215,7 +226,7 @@ def decode_section(
     sections = [header.table.sections[number] for number in numbers]
     base, identity = sections[0], header.identity
     dtype = identity.layout.dtype
-    out = out[:, _HALVES[base.parts]]
+    out = out[:, HALVES[base.parts]]
     if header.table.profile == PROFILES["scalable"]:
         from kvstore_s3.codec.scalable import decode_scalable  # brings torch, which verifying alone does without
 

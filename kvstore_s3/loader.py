@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 
 import torch
 
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.calibration import Calibration
+from kvstore_s3.codec.device.decoder import DeviceDecoder
+from kvstore_s3.codec.device.library import find_library
 from kvstore_s3.config import Settings
+from kvstore_s3.device_load import Device, DevicePlace
+from kvstore_s3.encode import view_bits
+from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.metrics import Count
@@ -32,6 +39,8 @@ from kvstore_s3.transfer.hedging import HedgePolicy
 from kvstore_s3.transfer.prefetcher import Prefetcher
 from kvstore_s3.transfer.ranges import Band, plan_bands
 from kvstore_s3.transfer.window import Window
+
+log = logging.getLogger("kvstore_s3")
 
 
 class Loader:
@@ -60,6 +69,7 @@ class Loader:
         self._chunks_at_once = settings.download_concurrency + cores
         self._decoders = cores
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
+        self._on_devices: dict[torch.device, DeviceDecoder] = {}
         self._recycler = Recycler(settings.reuse_bytes)
         self.slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
         self._written = 0  # bytes of objects on their way into the tiers
@@ -86,10 +96,12 @@ class Loader:
         pace: Pace | None,
         by_layer: bool = False,
         sink: Sink | None = None,
+        decoder: DeviceDecoder | None = None,
     ) -> Stream:
         """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory.
 
-        `by_layer`: bands are as small as they can be, for somebody begins with the first.
+        That is on the device of `decoder`, None: on the host. `by_layer`: bands are as small as they can be, for
+        somebody begins with the first.
         """
         shard = self._shard
         chunks = [chunk.within(shard) for chunk in chunks]
@@ -98,7 +110,7 @@ class Loader:
             tokens = count * self._chunk_tokens
             if out is not None:
                 return out[band.layer_begin - shard.layer_begin : band.layer_end - shard.layer_begin, :, :tokens]
-            return self.empty(band.layer_end - band.layer_begin, tokens)
+            return self.empty(band.layer_end - band.layer_begin, tokens, decoder)
 
         tables = [tile.table for chunk in chunks for tile in chunk.tiles]
         # Each chunk's share of a band needs one slab, so it must fit into the pool; and the next one beside it.
@@ -115,6 +127,7 @@ class Loader:
             plan_bands(tables, most, levels=self._quality.levels, within=Band(shard.layer_begin, shard.layer_end)),
             shard=shard,
             allocate=allocate,
+            view=view_bits if decoder is None else partial(DevicePlace.of, decoder=decoder),
             on_lost=on_lost,
             sink=sink,
             at_once=self._chunks_at_once,
@@ -145,10 +158,37 @@ class Loader:
             if slab is not None:
                 slab.release()
 
-    def empty(self, layers: int, tokens: int) -> torch.Tensor:
+    def empty(self, layers: int, tokens: int, decoder: DeviceDecoder | None = None) -> torch.Tensor:
         """Memory for values [layers, 2, tokens, kv heads, head dim], which earlier values may have used."""
         shape = (layers, 2, tokens, self._shard.heads, self._layout.head_dim)
-        return self._recycler.empty(shape, getattr(torch, self._layout.dtype))
+        dtype = getattr(torch, self._layout.dtype)
+        return self._recycler.empty(shape, dtype) if decoder is None else decoder.empty(shape, dtype)
+
+    def decoder_for(self, device: Device | None) -> DeviceDecoder | None:
+        """What decodes into the memory of `device`; None for the host. One for each device, while the store is open.
+
+        Raises `InvalidArgumentError` for a device of another kind, and `DeviceError` where there is no such GPU.
+        """
+        if device is None or isinstance(device, DeviceDecoder):
+            return device
+        wanted = torch.device(device)
+        if wanted.type == "cpu":
+            return None
+        if wanted.type != "cuda":
+            raise InvalidArgumentError(f"values can be loaded to the CPU and to CUDA devices, not to {device}")
+        if wanted == torch.device("cuda") and torch.cuda.is_available():
+            wanted = torch.device("cuda", torch.cuda.current_device())
+        if wanted not in self._on_devices:
+            self._on_devices[wanted] = self._open_device(wanted)
+        return self._on_devices[wanted]
+
+    def _open_device(self, device: torch.device) -> DeviceDecoder:
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"there is no {device} that torch {torch.__version__} can use; load to the CPU")
+        found = find_library()
+        if found.library is None:
+            log.info("values for %s are decoded by the CPU: %s", device, found.reason)
+        return DeviceDecoder(found.library, device, self._settings.device_buffer_bytes)
 
     def keep(self, key: str, table: SectionTable, data: bytearray) -> None:
         """Offer an object that was written to the tiers, unless they have fallen behind by as much as uploads may."""
@@ -167,6 +207,8 @@ class Loader:
         """Release memory and threads, once the reads under way have ended."""
         await self._prefetcher.close()
         await self.tiers.close()
+        for decoder in self._on_devices.values():
+            await asyncio.to_thread(decoder.close)
         self.slabs.close()
         self._recycler.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

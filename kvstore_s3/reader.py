@@ -8,11 +8,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvstore_s3.bitstream import Header, Identity, parse_header
-from kvstore_s3.codec.base import Bits
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 from kvstore_s3.layout import Shard
-from kvstore_s3.load import MissingCalibrationError, StoredChunk, decode_band, in_thread
+from kvstore_s3.load import MissingCalibrationError, Place, StoredChunk, decode_band, in_thread
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.quality import Quality
 from kvstore_s3.section_index import SectionTable
@@ -48,7 +49,7 @@ class Reader:
     find_calibration: Callable[[bytes], Awaitable[Calibration | None]]
     count: Count = ignore
 
-    async def read_tile(self, tile: StoredChunk, wanted: Shard, levels: int, out: Bits, *, urgency: float) -> Header:
+    async def read_tile(self, tile: StoredChunk, wanted: Shard, levels: int, out: Place, *, urgency: float) -> Header:
         """Read `levels` levels of a part of one object, the rectangle `wanted`, into `out`, which is that rectangle.
 
         `out`: [layers, 2, tokens, heads, dim]. Returns the verified header. Raises `DamagedObjectError` or
@@ -88,7 +89,7 @@ class Reader:
         return tuple(sizes)
 
     async def _read(
-        self, tile: StoredChunk, wanted: Shard, levels: int, out: Bits, urgency: float, tiers: Tiers
+        self, tile: StoredChunk, wanted: Shard, levels: int, out: Place, urgency: float, tiers: Tiers
     ) -> Header | None:
         """As `read_tile`; None where a tier is to blame."""
         band = Band(wanted.layer_begin, wanted.layer_end)
@@ -104,8 +105,11 @@ class Reader:
                 self._check_quality(header.table)
                 if header.table == tile.table:
                     calibration = await self._find_calibration(header)
-                    work = (header, tile.first_token, calibration, wanted, brought.pieces, out)
-                    await in_thread(self.threads, decode_band, *work)
+                    work = (header, tile.first_token, calibration, wanted, brought.pieces)
+                    if isinstance(out, np.ndarray):
+                        await in_thread(self.threads, decode_band, *work, out)
+                    else:
+                        await out.decode_band(self.threads, *work)
                     self._keep(tile.object_key, header, brought)
                     return header
                 if brought.local:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.config import Settings
+from kvstore_s3.device_load import Device
 from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
@@ -105,11 +106,13 @@ class SyncKVStore:
     def lookup_keys(self, keys: Sequence[bytes], *, first_token: int = 0, thorough: bool = False) -> Hit:
         return self.runtime.run(self.kv.lookup_keys(keys, first_token=first_token, thorough=thorough))
 
-    def load(self, hit: Hit, *, pace: Pace | None = None) -> torch.Tensor:
-        return self.runtime.run(self.kv.load(hit, pace=pace))
+    def load(self, hit: Hit, *, pace: Pace | None = None, device: Device | None = None) -> torch.Tensor:
+        return self.runtime.run(self.kv.load(hit, pace=pace, device=device))
 
-    def stream(self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None) -> Iterator[LayerGroup]:
-        groups = self.kv.stream(hit, first_token=first_token, pace=pace)
+    def stream(
+        self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None, device: Device | None = None
+    ) -> Iterator[LayerGroup]:
+        groups = self.kv.stream(hit, first_token=first_token, pace=pace, device=device)
         try:
             while (group := self.runtime.run(_next(groups))) is not None:
                 yield group

@@ -16,7 +16,9 @@ from kvstore_s3.arguments import check_boundary, check_hit, check_shard, check_v
 from kvstore_s3.assembly import assemble
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.arithmetic import require_coder
+from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.config import Settings, load_settings
+from kvstore_s3.device_load import Device
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.gauges import measure
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
@@ -44,10 +46,10 @@ TokenIds: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]] | torch.Tenso
 class KVStore:
     """KV caches of one namespace in one object store. Made by `open`; for one event loop.
 
-    Values are torch tensors on the CPU, in the layout's dtype and the canonical order [layer, K or V, token, kv head,
-    dim]. A damaged, missing, short or swapped object ends a hit before it; a store that does not answer raises a
-    `StoreError`. `settings.profile` is the quality that is written and read; objects of a profile that it does not
-    accept are misses, and a save replaces them.
+    Values are torch tensors in the layout's dtype and the canonical order [layer, K or V, token, kv head, dim], on the
+    CPU unless a load asks for another device. A damaged, missing, short or swapped object ends a hit before it; a store
+    that does not answer raises a `StoreError`. `settings.profile` is the quality that is written and read; objects of a
+    profile that it does not accept are misses, and a save replaces them.
 
     `shard` is the rectangle of layers x KV heads that this process holds: what is saved and what is loaded. A chunk is
     there when what anybody has written covers that rectangle, however the writers were partitioned.
@@ -159,19 +161,21 @@ class KVStore:
         """
         return self.make_hit([self._chunk_of(place) for place in places])
 
-    async def load(self, hit: Hit, *, pace: Pace | None = None) -> torch.Tensor:
+    async def load(self, hit: Hit, *, pace: Pace | None = None, device: Device | None = None) -> torch.Tensor:
         """The hit's KV [layers, 2, tokens, kv_heads, head_dim]: bit for bit what was saved, or at `hit.quality`.
 
         Layers and heads are those of the store's rectangle.
 
         Fewer tokens than `hit.tokens`, down to none, where an object turned out damaged, short, swapped or gone, or
-        where computing is faster than loading the rest: that is asked where `pace` says how fast computing is. Raises
-        `StoreError` where the store fails.
+        where computing is faster than loading the rest: that is asked where `pace` says how fast computing is. With
+        `device` "cuda" or such, compressed bytes travel to the GPU, and its kernels decode them, where the package was
+        built with them. Raises `StoreError` where the store fails, and `DeviceError` where the device does.
         """
         check_hit(hit, self.namespace)
-        out = self._loader.empty(self.shard.layers, hit.tokens)
+        decoder = self._loader.decoder_for(device)
+        out = self._loader.empty(self.shard.layers, hit.tokens, decoder)
         tokens = 0
-        async with aclosing(self._stream(hit, 0, out, pace)) as groups:
+        async with aclosing(self._stream(hit, 0, out, pace, decoder=decoder)) as groups:
             async for group in groups:
                 tokens = group.tokens
         return out[:, :, :tokens]
@@ -184,17 +188,21 @@ class KVStore:
         pace: Pace | None = None,
         by_layer: bool = False,
         sink: Sink | None = None,
+        device: Device | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         """The hit's KV from `first_token` (a chunk boundary) on, group by group of layers in layer order.
 
         The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does,
-        and `load` for what `pace` does. No group at all comes where nothing is worth loading. `by_layer`: groups are as
-        small as they can be. `sink` is awaited for each chunk's share of a group as soon as it is decoded.
+        and `load` for what `pace` and `device` do. No group at all comes where nothing is worth loading. `by_layer`:
+        groups are as small as they can be. `sink` is awaited for each chunk's share of a group as soon as it is
+        decoded.
         """
         check_hit(hit, self.namespace)
         check_boundary(first_token, self.namespace)
         first_chunk = first_token // self.namespace.chunk_tokens
-        async with aclosing(self._stream(hit, first_chunk, None, pace, by_layer=by_layer, sink=sink)) as groups:
+        decoder = self._loader.decoder_for(device)
+        stream = self._stream(hit, first_chunk, None, pace, by_layer=by_layer, sink=sink, decoder=decoder)
+        async with aclosing(stream) as groups:
             async for group in groups:
                 yield group
 
@@ -283,11 +291,14 @@ class KVStore:
         *,
         by_layer: bool = False,
         sink: Sink | None = None,
+        decoder: DeviceDecoder | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         chunks = hit.chunks[first_chunk:]
         if not chunks:
             return
-        stream = self._loader.stream(chunks, out, on_lost=self._finder.lose, pace=pace, by_layer=by_layer, sink=sink)
+        stream = self._loader.stream(
+            chunks, out, on_lost=self._finder.lose, pace=pace, by_layer=by_layer, sink=sink, decoder=decoder
+        )
         async with aclosing(stream.run()) as bands:
             async for band, kv in bands:
                 qualities, calibrated = self._learn(hit, stream)

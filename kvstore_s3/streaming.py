@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvstore_s3.bitstream import Identity
-from kvstore_s3.codec.base import Bits
 from kvstore_s3.covers import meet
 from kvstore_s3.encode import view_bits
 from kvstore_s3.layout import Shard
-from kvstore_s3.load import LOST, StoredChunk, cut_chunks, part_of, run_all
+from kvstore_s3.load import LOST, Place, StoredChunk, cut_chunks, part_of, run_all
 from kvstore_s3.metrics import Count, ignore
 from kvstore_s3.pace import Pace
 from kvstore_s3.planner import ChunkCost, Plan, Replanner, plan
@@ -58,8 +57,9 @@ class Stream:
     from, and no others.
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
-    into. `sink` is awaited for each chunk's share of a band as soon as it is there. `on_lost` hears of objects that
-    could not be used, and since when the load runs; it ends before the first of them.
+    into, and `view` what the reader gets of it. `sink` is awaited for each chunk's share of a band as soon as it is
+    there. `on_lost` hears of objects that could not be used, and since when the load runs; it ends before the first of
+    them.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Stream:
         allocate: Callable[[Band, int], torch.Tensor],
         on_lost: Callable[[Identity, Exception, float], None],
         at_once: int,
+        view: Callable[[torch.Tensor], Place] = view_bits,
         sink: Sink | None = None,
         pace: Pace | None = None,
         lowest_profile: str | None = None,
@@ -85,6 +86,7 @@ class Stream:
         self._link = link
         self._bands = bands
         self._allocate = allocate
+        self._view = view
         self._on_lost = on_lost
         self._sink = sink
         self._turns = asyncio.Semaphore(at_once)
@@ -152,7 +154,7 @@ class Stream:
         group.task.result()
 
     async def _read_group(self, group: Group, urgency: float) -> None:
-        bits = view_bits(group.kv)
+        bits = self._view(group.kv)
         tokens = bits.shape[2] // group.chunks
 
         async def read(index: int) -> None:
@@ -170,7 +172,7 @@ class Stream:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def _read_chunk(self, index: int, band: Band, target: Bits, urgency: float) -> bool:
+    async def _read_chunk(self, index: int, band: Band, target: Place, urgency: float) -> bool:
         """Read a chunk's share of a band, from all objects that have some of it at once. False: it is lost."""
         layers = replace(self._shard, layer_begin=band.layer_begin, layer_end=band.layer_end)
         parts = [(number, piece, part) for number, piece in self._parts[index] if (part := meet(piece, layers))]
@@ -198,7 +200,7 @@ class Stream:
                 self._headers[index][number].set()
 
     async def _read_tile(
-        self, index: int, number: int, wanted: Shard, out: Bits, urgency: float, *, wait: bool
+        self, index: int, number: int, wanted: Shard, out: Place, urgency: float, *, wait: bool
     ) -> None:
         """Read the rectangle `wanted` of one object of a chunk.
 

@@ -36,6 +36,7 @@ LAYERS = {
     "arguments": 4,
     "assembly": 4,
     "calibrations": 4,
+    "device_load": 4,
     "encode": 4,
     "gauges": 4,
     "hits": 4,

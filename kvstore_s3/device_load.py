@@ -1,0 +1,143 @@
+"""Loads into device memory: checksums on the host, then kernels. What these cannot do is decoded here and copied."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from kvstore_s3.bitstream import PROFILES, Header, Section
+from kvstore_s3.codec.device.decoder import DeviceDecoder
+from kvstore_s3.codec.device.jobs import LosslessSection, Piece, find_target, plan_pieces
+from kvstore_s3.codec.device.requests import Copy
+from kvstore_s3.codec.device.streams import Mark
+from kvstore_s3.encode import view_bits
+from kvstore_s3.layout import Shard
+from kvstore_s3.load import HALVES, decode_section, in_thread, verify_range
+from kvstore_s3.objectstore.awaiting import finish
+from kvstore_s3.transfer.ranges import BandRange, group_levels
+
+if TYPE_CHECKING:
+    from kvstore_s3.codec.calibration import Calibration
+
+
+Device: TypeAlias = torch.device | str | DeviceDecoder
+"""A device's name, or the caller's own decoder for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlace:
+    """Where values are decoded to: a tensor [layers, 2, tokens, heads, dim] on the decoder's device, or a part of it.
+
+    `after` says from where on in the device's queue the memory may be written to.
+    """
+
+    values: torch.Tensor
+    decoder: DeviceDecoder
+    after: Mark | None
+
+    @classmethod
+    def of(cls, values: torch.Tensor, decoder: DeviceDecoder) -> DevicePlace:
+        """The place that is all of `values`, which the calling thread has allocated."""
+        return cls(values, decoder, decoder.mark_current())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape)
+
+    def __getitem__(self, index: Any) -> DevicePlace:
+        return DevicePlace(self.values[index], self.decoder, self.after)
+
+    async def decode_band(
+        self,
+        threads: Executor,
+        header: Header,
+        first_token: int,
+        calibration: Calibration | None,
+        wanted: Shard,
+        pieces: Sequence[tuple[BandRange, memoryview]],
+    ) -> None:
+        """As `load.decode_band`, into this place, which is the rectangle `wanted`."""
+        work = (self, header, first_token, calibration, wanted, pieces)
+        streams, copies = await in_thread(threads, _plan_band, *work)
+        values = self.values
+        target = find_target(values.data_ptr(), values.shape, values.stride(), values.element_size())
+        decoding = self.decoder.decode(target, streams, copies, after=self.after)
+        await finish(asyncio.wrap_future(decoding), on_cancel=decoding.cancel)
+
+
+def _plan_band(
+    place: DevicePlace,
+    header: Header,
+    first_token: int,
+    calibration: Calibration | None,
+    wanted: Shard,
+    pieces: Sequence[tuple[BandRange, memoryview]],
+) -> tuple[list[Piece], list[Copy]]:
+    """Verify the sections in `pieces`; what the device is to decode, and what it is to be given decoded."""
+    streams: list[Piece] = []
+    rest: dict[int, memoryview] = {}
+    for part, data in pieces:
+        payloads = verify_range(header, part, data)
+        sections = []
+        for number, payload in payloads.items():
+            section = header.table.sections[number]
+            if _is_for_device(place.decoder, header, section, wanted, len(payload)):
+                sections.append(_lossless_section(header, section, wanted, payload))
+            else:
+                rest[number] = payload
+        streams += plan_pieces(sections, place.decoder.largest)
+    copies = []
+    for numbers in group_levels(header.table, list(rest)):
+        stored = [rest[number] for number in numbers]
+        copies.append(_decode_here(place, header, numbers, stored, first_token, calibration, wanted))
+    return streams, copies
+
+
+def _is_for_device(decoder: DeviceDecoder, header: Header, section: Section, wanted: Shard, size: int) -> bool:
+    if header.table.profile == PROFILES["scalable"]:
+        return False
+    within = wanted.layer_begin <= section.layer_begin and section.layer_end <= wanted.layer_end
+    return within and decoder.takes(section.codec, header.identity.layout.dtype, size)
+
+
+def _lossless_section(header: Header, section: Section, wanted: Shard, payload: memoryview) -> LosslessSection:
+    halves = HALVES[section.parts]
+    return LosslessSection(
+        payload,
+        section_heads=header.identity.shard.heads,
+        head_begin=wanted.head_begin - header.identity.shard.head_begin,
+        heads=wanted.heads,
+        tokens=header.identity.tokens,
+        layers=section.layers,
+        layer_begin=section.layer_begin - wanted.layer_begin,
+        kinds=halves.stop - halves.start,
+        kind_begin=halves.start,
+    )
+
+
+def _decode_here(
+    place: DevicePlace,
+    header: Header,
+    numbers: Sequence[int],
+    payloads: Sequence[memoryview],
+    first_token: int,
+    calibration: Calibration | None,
+    wanted: Shard,
+) -> Copy:
+    """Decode the levels of one place on the host, all of its layers; give what of it is wanted to the device."""
+    section = header.table.sections[numbers[0]]
+    values = place.values
+    whole = place.decoder.staging((section.layers, *values.shape[1:]), values.dtype)
+    head_begin = wanted.head_begin - header.identity.shard.head_begin
+    decode_section(header, numbers, payloads, view_bits(whole), first_token, calibration, head_begin=head_begin)
+    halves = HALVES[section.parts]
+    begin, end = max(section.layer_begin, wanted.layer_begin), min(section.layer_end, wanted.layer_end)
+    return Copy(
+        whole[begin - section.layer_begin : end - section.layer_begin, halves],
+        values[begin - wanted.layer_begin : end - wanted.layer_begin, halves],
+    )
