@@ -11,15 +11,25 @@ from transformers import DynamicCache, PretrainedConfig
 def build_cache(config: PretrainedConfig, kv: torch.Tensor | None, devices: Sequence[torch.device]) -> DynamicCache:
     """Return a cache that holds `kv` [layers, 2, tokens, kv_heads, head_dim], or an empty one.
 
-    Layer by layer, so that each layer's KV goes to the device of that layer.
+    Layer by layer, so that each layer's KV goes to the device of that layer. Where `kv` is on a GPU, the cache views
+    it: it has been loaded there for this cache alone.
     """
     cache = DynamicCache(config=config)
     if kv is None or kv.shape[2] == 0:
         return cache
     for layer, (values, device) in enumerate(zip(kv, devices, strict=True)):
+        is_there = values.device == device and device.type != "cpu"
         keys, values = values.to(device).transpose(1, 2).unsqueeze(1)
-        cache.update(keys, values, layer)
+        if is_there:
+            _adopt(cache, layer, keys, values)
+        else:
+            cache.update(keys, values, layer)
     return cache
+
+
+def common_gpu(devices: Sequence[torch.device]) -> torch.device | None:
+    """The GPU that has all layers; None: the host, or several."""
+    return devices[0] if devices[0].type == "cuda" and len(set(devices)) == 1 else None
 
 
 def read_cache(cache: DynamicCache, begin: int, end: int) -> torch.Tensor:
@@ -31,3 +41,10 @@ def read_cache(cache: DynamicCache, begin: int, end: int) -> torch.Tensor:
         out[0] = layer.keys[0, :, begin:end].transpose(0, 1)
         out[1] = layer.values[0, :, begin:end].transpose(0, 1)
     return kv
+
+
+def _adopt(cache: DynamicCache, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Let an empty layer have these tensors themselves; `update` would copy them."""
+    entry = cache.layers[layer]
+    entry.lazy_initialization(keys, values)
+    entry.keys, entry.values = keys, values

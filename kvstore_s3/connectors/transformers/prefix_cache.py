@@ -15,13 +15,13 @@ import torch
 from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.connectors.pretrained import load_model
 from kvstore_s3.connectors.transformers.admission import check_model, check_weights
-from kvstore_s3.connectors.transformers.canonical import build_cache, read_cache
+from kvstore_s3.connectors.transformers.canonical import build_cache, common_gpu, read_cache
 from kvstore_s3.connectors.transformers.prompt import as_prompt, check_arguments
 from kvstore_s3.errors import InvalidArgumentError, KVStoreError
 from kvstore_s3.hub import find_model_directory
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.runtime import connect
-from kvstore_s3.store import Saved
+from kvstore_s3.store import Hit, Saved
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -92,6 +92,7 @@ class PrefixCache:
         self.last: Reuse | None = None
         """What the last `generate` or `prefill` reused."""
         self._devices = check_model(model, store.namespace)
+        self._gpu = common_gpu(self._devices)
         self._step_arguments: dict[str, Any] = {"logits_to_keep": 1} if _can_skip_logits(model) else {}
         self._reported: set[str] = set()
 
@@ -167,7 +168,7 @@ class PrefixCache:
         if hit is None or hit.tokens == tokens:
             _report(progress, tokens)
             return Saved(0, tokens // size, 0, self.store.kv.quality.name)
-        cache = build_cache(self.model.config, self.store.load(hit) if hit else None, self._devices)
+        cache = build_cache(self.model.config, self._load_hit(hit), self._devices)
         stored = cache.get_seq_length()
         _report(progress, stored)
         saved, _ = self._extend(prompt, cache, stored, salt, self._save, progress, hit.cut(stored).quality)
@@ -179,7 +180,7 @@ class PrefixCache:
         kv, answered, quality, described = None, True, "lossless", "lossless"
         try:
             hit = self.store.lookup(prompt[0], salt=salt)
-            kv = self.store.load(hit) if hit else None
+            kv = self._load_hit(hit)
             used = hit.cut(0 if kv is None else kv.shape[2])
             quality, described = used.quality, used.describe_quality()
         except InvalidArgumentError:  # the caller's mistake, such as a salt of the wrong type
@@ -194,6 +195,10 @@ class PrefixCache:
             kv = kv[:, :, : keep(stored, prompt.shape[1])]
         cache = build_cache(self.model.config, kv, self._devices)
         return _Found(cache, stored, answered, time.perf_counter() - started, quality, described)
+
+    def _load_hit(self, hit: Hit) -> torch.Tensor | None:
+        """A hit's KV, on the model's GPU where it has just one: decoded there."""
+        return self.store.load(hit, device=self._gpu) if hit else None
 
     def _try_save(
         self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
