@@ -47,4 +47,34 @@ struct KvsLosslessJob {
 KVS_EXPORT int kvs_lossless_decode(const KvsLosslessJob* jobs /* device */, std::uint32_t count, const KvsPages* pages,
                                    std::uint32_t* faults /* device */, void* stream);
 
+// One head of a section to encode in codec 1. The jobs of a section are neighbours, head by head; the first of them is
+// the first stream of the payload. Where the values lie is said as in KvsLosslessJob.
+struct KvsLosslessEncodeJob {
+  std::uint64_t payload;  // device address, at least 2 bytes aligned: the section's, with room for
+                          // heads * (8 + 2 * layers * kinds * dim * tokens) bytes; the same in all of its jobs
+  std::uint64_t scratch;  // device address, 16 bytes aligned: kvs_lossless_encode_scratch bytes for this job alone
+  std::uint32_t tokens, token_begin, layer_begin;
+  std::uint32_t head;          // in the pages
+  std::uint32_t heads, index;  // of the section: how many, and which of them this is
+  std::uint16_t layers;
+  std::uint8_t kind_begin, kinds;
+  std::uint32_t reserved;  // 0
+};
+
+// Bytes of scratch for a head of layers * kinds * dim components: what its values take, 2 for each component, and some
+// 1,000 more. Host.
+KVS_EXPORT std::uint64_t kvs_lossless_encode_scratch(std::uint64_t components, std::uint64_t tokens);
+
+// Encodes bf16 heads from pages: the bytes of the host's encoder. `lengths` [count] gets the bytes of each job's
+// stream; a section's payload is 4 * heads bytes and its streams. Heads of 2^31 bytes or more are the caller's to
+// refuse.
+KVS_EXPORT int kvs_lossless_encode(const KvsLosslessEncodeJob* jobs /* device */, std::uint32_t count,
+                                   const KvsPages* pages, std::uint32_t* lengths /* device */, void* stream);
+
+// Lets calls from now on take no more blocks than `most` multiprocessors hold at once, so that an engine keeps the
+// others; 0: all that there are. For the whole process, from any thread.
+KVS_EXPORT int kvs_limit_multiprocessors(std::uint32_t most);
+
 }  // extern "C"
+
+#include "scalable_api.h"

@@ -1,0 +1,312 @@
+"""The decode kernels of codec 3 against the native decoder: numbers and spans without a matrix bit for bit, products
+within a bound, the same verdict on damaged bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from codec.calibrations import make_calibration
+from cuda.emulated import Device
+from cuda.scalable_batch import Batch, Decoded, Given, numbers_of
+from golden_files import LOSSY, OBJECTS, load_calibrations, read_object, read_values
+from golden_objects import identity_from_json
+
+from kvstore_s3 import _native
+from kvstore_s3.bitstream import parse_header
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.codec.calibration import SPANS, Calibration
+from kvstore_s3.codec.device.scalable_calls import FOR_HOST
+from kvstore_s3.codec.rotation import Rotation
+from kvstore_s3.codec.scalable import SCALABLE, decode_scalable, encode_scalable
+from kvstore_s3.codec.scalable_stream import StreamShape, parse_base, parse_refinement, split_streams
+from kvstore_s3.codec.stream_map import calibrated_map, uncalibrated_map
+from kvstore_s3.encode import view_bits
+from kvstore_s3.errors import DamagedObjectError
+from kvstore_s3.layout import KVLayout
+from kvstore_s3.transfer.ranges import group_levels
+
+LAYERS, HEADS, DIM, TOKENS = 2, 2, 12, 20
+LAYOUT = KVLayout(LAYERS, HEADS, DIM, "bfloat16", rope={"rope_type": "default", "rope_theta": 10000})
+ROTATION = Rotation.from_layout(LAYOUT)
+PROFILES = frozenset({"lossless", "scalable"})
+RNG = np.random.Generator(np.random.PCG64(7))
+
+
+def values_of(seed: int = 0, tokens: int = TOKENS, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """KV of a chunk [2, 2, tokens, 2, 12]: correlated, of many scales, with a mean."""
+    rng = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(99)) * torch.logspace(-1.5, 0.5, DIM)
+    kv = torch.randn(LAYERS, 2, tokens, HEADS, DIM, generator=rng) @ mixing.T + torch.linspace(-3, 3, DIM)
+    return kv.to(dtype)
+
+
+CALIBRATIONS = {span: make_calibration(LAYOUT, span, lambda seed: values_of(seed, 96)) for span in SPANS}
+MODES: dict[str, Calibration | None] = {"uncalibrated": None, **CALIBRATIONS}
+EXACT_MODES = ("uncalibrated", "channel")
+"""Modes without a product: the same floating-point operations as the host's, in the same order."""
+
+
+def encode(kv: torch.Tensor, calibration: Calibration | None, **options: Any) -> list[bytes]:
+    options = {"layer_begin": 0, "first_position": 256, "rotation": ROTATION, **options}
+    coded = encode_scalable(view_bits(kv), str(kv.dtype)[6:], calibration=calibration, **options)
+    assert all(codec_id == SCALABLE for codec_id, _ in coded)
+    return [payload for _, payload in coded]
+
+
+def decode_on_host(payloads: Sequence[bytes], like: torch.Tensor, calibration: Calibration | None) -> Bits:
+    out = torch.zeros_like(like)
+    decode_scalable(
+        [(SCALABLE, memoryview(payload)) for payload in payloads],
+        view_bits(out),
+        str(like.dtype)[6:],
+        layer_begin=0,
+        head_begin=0,
+        section_heads=HEADS,
+        first_position=256,
+        calibration=calibration,
+    )
+    return view_bits(out)
+
+
+def whole(payloads: Sequence[bytes], **options: Any) -> Given:
+    return Given(payloads, **{"layers": (0, LAYERS), "heads": HEADS, "tokens": TOKENS, **options})
+
+
+def decode(device: Device, kv: torch.Tensor, calibration: Calibration | None, given: Given, **options: Any) -> Decoded:
+    batch = Batch(device, DIM, str(kv.dtype)[6:], calibration)
+    decoded = batch.decode([given], (LAYERS, given.tokens, HEADS, 0), **options)
+    assert decoded.elsewhere_untouched
+    return decoded
+
+
+def to_floats(bits: Bits, dtype: str) -> np.ndarray:
+    values = (bits.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else bits.view(dtype)
+    with np.errstate(invalid="ignore"):
+        return values.astype(np.float64)
+
+
+def assert_close(found: Bits, expected: Bits, dtype: str = "bfloat16") -> None:
+    """Sums of floats in another order: off by 2^-20 of the largest value before rounding, which moves a value to its
+    neighbour where it lay that near to the middle between two; not finite: the same bits."""
+    one, two = to_floats(found, dtype), to_floats(expected, dtype)
+    finite = np.isfinite(two)
+    assert np.array_equal(found[~finite], expected[~finite])
+    one, two = one[finite], two[finite]
+    digits = {"bfloat16": 8, "float16": 11, "float32": 24}[dtype]
+    unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(two), 1e-30))) + 1 - digits)
+    before_rounding = 2.0**-20 * np.abs(two).max(initial=0)
+    assert np.all(np.abs(one - two) <= unit + before_rounding)
+    if dtype == "bfloat16":
+        assert np.count_nonzero(one != two) <= max(2, 2e-3 * one.size)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_values_are_those_of_the_host(device: Device, mode: str, levels: int) -> None:
+    kv = values_of(7)
+    payloads = encode(kv, MODES[mode])[:levels]
+    expected = decode_on_host(payloads, kv, MODES[mode])
+    decoded = decode(device, kv, MODES[mode], whole(payloads, object_levels=3), paged=levels != 2)
+    assert decoded.faults == [0]
+    if mode in EXACT_MODES:
+        assert np.array_equal(decoded.values, expected)
+    assert_close(decoded.values, expected)
+
+
+def components_on_host(payloads: Sequence[bytes], stream: int, calibration: Calibration | None) -> np.ndarray:
+    """y [tokens, n'] of a section of the test's layout, in finest steps."""
+    if calibration is None:
+        one = uncalibrated_map(ROTATION, LAYERS, DIM, stream)
+        at = 12 + 4 * len(ROTATION.inverse_frequencies) + LAYERS + -LAYERS % 4
+    else:
+        one, at = calibrated_map(calibration, 0, 0, stream), 12
+    count = 1 if one.whole else HEADS
+    levels = [
+        split_streams(memoryview(payload), 0 if level else at, count)[stream] for level, payload in enumerate(payloads)
+    ]
+    shape = StreamShape(TOKENS, one.numbers, one.components, 2, 3, one.step_count)
+    static = one.classes if one.calibrated else None
+    parsed = parse_base(levels[0], shape, static, one.tables.first[2])
+    assert isinstance(parsed, tuple)
+    side, coded = parsed
+    y = np.empty((TOKENS, one.components), np.float32)
+    words = [memoryview(coded.words[0]), *map(parse_refinement, levels[1:])]
+    classes = one.classes if side.classes is None else side.classes
+    tables = one.tables.native
+    assert _native.scalable_decode(tables, classes, coded.states, words, coded.escapes, y, object_levels=3) == 0
+    shift = one.tables.shift[len(payloads) - 1][classes]
+    return np.stack([y, np.broadcast_to(shift, y.shape)])
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["uncalibrated", "group", "all"])
+def test_numbers_before_the_transform_are_those_of_the_host(device: Device, mode: str, levels: int) -> None:
+    kv = values_of(8)
+    payloads = encode(kv, MODES[mode])[:levels]
+    decoded = decode(device, kv, MODES[mode], whole(payloads, object_levels=3))
+    scale = np.float32((9, 3, 1)[levels - 1])
+    for job in range(1 if mode == "all" else HEADS):
+        y, shift = components_on_host(payloads, job, MODES[mode])
+        seen = np.zeros(y.shape[1], bool)
+        for component, numbers in numbers_of(decoded, job):
+            signs = np.sign(numbers).astype(np.float32)
+            assert np.array_equal((numbers - signs * shift[:, component]) * scale, y[:, component])
+            seen[component] = True
+        assert not y[:, ~seen].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_of_one_call_and_ranges_of_their_heads_go_where_they_belong(device: Device, mode: str) -> None:
+    chunks = [values_of(seed, tokens) for seed, tokens in ((1, TOKENS), (2, 5), (3, 9))]
+    sections, expected, at = [], [], 0
+    for number, kv in enumerate(chunks):
+        payloads = encode(kv, MODES[mode])
+        heads = (1, 2) if number == 1 else (0, HEADS)
+        sections.append(whole(payloads, tokens=kv.shape[2], token_begin=at, head_begin=heads[0], head_end=heads[1]))
+        found = decode_on_host(payloads, kv, MODES[mode])
+        if number == 1:
+            found[:, :, :, 0] = 0xA5A5
+        expected.append(found)
+        at += kv.shape[2]
+    batch = Batch(device, DIM, "bfloat16", MODES[mode])
+    decoded = batch.decode(sections, (LAYERS, at, HEADS, 0), most_blocks=1)
+    assert decoded.faults == [0, 0, 0]
+    assert decoded.elsewhere_untouched
+    everything = np.concatenate(expected, axis=2)
+    assert np.array_equal(decoded.values[:, :, TOKENS : TOKENS + 5, 0], everything[:, :, TOKENS : TOKENS + 5, 0])
+    assert_close(decoded.values, everything)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", ["uncalibrated", "group"])
+def test_other_dtypes_are_rounded_as_on_the_host(device: Device, mode: str, dtype: torch.dtype) -> None:
+    kv = values_of(9, dtype=dtype)
+    payloads = encode(kv, MODES[mode])
+    expected = decode_on_host(payloads, kv, MODES[mode])
+    decoded = decode(device, kv, MODES[mode], whole(payloads))
+    if mode == "uncalibrated":
+        assert np.array_equal(decoded.values, expected)
+    assert_close(decoded.values, expected, str(dtype)[6:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exact_tokens_keep_their_bits(device: Device, mode: str) -> None:
+    kv = values_of(10)
+    kv[0, 0, 0, 0, 0], kv[1, 1, 7, 1, 3], kv[0, 1, 19, 0, 5] = float("nan"), float("inf"), -3e38
+    payloads = encode(kv, MODES[mode])
+    decoded = decode(device, kv, MODES[mode], whole(payloads))
+    assert decoded.faults == [0]
+    expected = decode_on_host(payloads, kv, MODES[mode])
+    for layer, kind, token, head in ((0, 0, 0, 0), (1, 1, 7, 1), (0, 1, 19, 0)):
+        assert np.array_equal(decoded.values[layer, kind, token, head], view_bits(kv)[layer, kind, token, head])
+    assert_close(decoded.values, expected)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "all"])
+def test_raw_streams_keep_their_bits(device: Device, mode: str) -> None:
+    kv = values_of(11)
+    kv[:, :, :, 1] = float("nan")
+    payloads = encode(kv, MODES[mode])[:2]
+    decoded = decode(device, kv, MODES[mode], whole(payloads, object_levels=3))
+    assert decoded.faults == [0]
+    assert np.array_equal(decoded.values[:, :, :, 1], view_bits(kv)[:, :, :, 1])
+    assert_close(decoded.values, decode_on_host(payloads, kv, MODES[mode]))
+
+
+def golden_sections(name: str, levels: int) -> tuple[list[Given], Any, Calibration | None]:
+    """The sections of codec 3 of a golden object, its identity and its calibration."""
+    identity, calibrations = identity_from_json(OBJECTS["objects"][name]["identity"]), {}
+    if OBJECTS["objects"][name]["calibrated"]:
+        calibrations = load_calibrations(name)
+    data = read_object(name)
+    header = parse_header(data, identity, profiles=PROFILES, calibrations=set(calibrations))
+    sections = []
+    numbers = [number for number, section in enumerate(header.table.sections) if section.level < levels]
+    for place in group_levels(header.table, numbers):
+        parts = [header.table.sections[number] for number in place]
+        if parts[0].codec != SCALABLE:
+            continue
+        payloads = [
+            bytes(header.verify(number, memoryview(data)[part.offset : part.end]))
+            for number, part in zip(place, parts, strict=True)
+        ]
+        sections.append(
+            Given(
+                payloads,
+                (parts[0].layer_begin, parts[0].layer_end),
+                identity.shard.heads,
+                identity.tokens,
+                first_head=identity.shard.head_begin,
+                first_position=OBJECTS["objects"][name]["first_position"],
+            )
+        )
+    return sections, identity, next(iter(calibrations.values()), None)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_golden_objects_decode_at_each_number_of_levels(device: Device, name: str) -> None:
+    for levels, _ in enumerate(OBJECTS["objects"][name]["integers_blake3"], start=1):
+        sections, identity, calibration = golden_sections(name, levels)
+        layout, shard = identity.layout, identity.shard
+        batch = Batch(device, layout.head_dim, layout.dtype, calibration)
+        shape = (shard.layers, identity.tokens, shard.heads, shard.layer_begin)
+        decoded = batch.decode(sections, shape)
+        assert decoded.faults == [0] * len(sections)
+        assert decoded.elsewhere_untouched
+        width = "<u4" if layout.dtype == "float32" else "<u2"
+        expected = np.frombuffer(read_values(name, levels), width).reshape(decoded.values.shape)
+        for given in sections:
+            layers = slice(given.layers[0] - shard.layer_begin, given.layers[1] - shard.layer_begin)
+            assert_close(decoded.values[layers], expected[layers], layout.dtype)
+
+
+def mutate(data: bytes) -> bytes:
+    """A few bytes changed, cut out or put in; mostly where the side information is."""
+    changed = bytearray(data)
+    for _ in range(RNG.integers(1, 3)):
+        at = int(RNG.integers(0, len(changed) + 1 if RNG.random() < 0.5 else min(90, len(changed) + 1)))
+        new = [bytes(RNG.integers(0, 256, 1, np.uint8)), b"\0", b"\xff\xff\xff\xff", b"\0\0\x80\x7f"][RNG.integers(4)]
+        gone = len(new) if RNG.random() < 0.7 else int(RNG.integers(0, 8))
+        changed[at : at + gone] = new
+    return bytes(changed[: len(changed) if RNG.random() < 0.8 else int(RNG.integers(0, len(changed) + 1))])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_damaged_payloads_get_the_verdict_of_the_host_and_harm_nothing_else(device: Device, mode: str) -> None:
+    kv = values_of(11, 6)
+    sound = encode(kv, MODES[mode])
+    cases, verdicts, expected = [], [], []
+    for number in range(40):
+        payloads = list(sound[: 1 + number % 3])
+        level = int(RNG.integers(0, len(payloads)))
+        payloads[level] = mutate(payloads[level])
+        # The object has as many levels as were read where its header says so: the last states are checked then.
+        cases.append(whole(payloads, tokens=6, token_begin=6 * number, object_levels=None))
+        try:
+            expected.append(decode_on_host(payloads, kv, MODES[mode]))
+            verdicts.append(0)
+        except DamagedObjectError as error:
+            expected.append(np.zeros_like(view_bits(kv)))
+            verdicts.append(int(error.code))
+    decoded = Batch(device, DIM, "bfloat16", MODES[mode]).decode(cases, (LAYERS, 6 * len(cases), HEADS, 0))
+    assert decoded.elsewhere_untouched
+    for number, (verdict, found) in enumerate(zip(verdicts, decoded.faults, strict=True)):
+        if found == FOR_HOST:
+            continue
+        assert (number, found) == (number, verdict)
+        part, host = decoded.values[:, :, 6 * number : 6 * number + 6], expected[number]
+        tame = np.abs(to_floats(host, "bfloat16")) < 1e30
+        if verdict == 0 and tame.all():
+            assert_close(part, host)
+
+
+def test_streams_that_a_gpu_cannot_address_are_left_to_the_host(device: Device) -> None:
+    payloads = encode(values_of(12), None)
+    for skew in (1, 2):
+        decoded = decode(device, values_of(12), None, whole(payloads, skew=skew))
+        assert decoded.faults == [FOR_HOST]
+        assert decoded.jobs.totals.jobs == 0
