@@ -1,0 +1,260 @@
+"""Decoding lossy sections on a GPU: with a calibration of span group (a KLT of 4 layers, K and V), and without one.
+
+The calibration is made up: a random orthonormal basis of all components of a head in a layer group, deviations that
+fall by 2^-10 from the first to the last, as those of real KV do, and K rotated by its positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gpu_cases import Model, PagedCache, stage
+
+from kvstore_s3 import KVLayout
+from kvstore_s3.codec.base import Bits
+from kvstore_s3.codec.calibration import SPANS, Calibration, Unit
+from kvstore_s3.codec.device.library import Library
+from kvstore_s3.codec.device.scalable_calls import ScalableCalls, ScalableSection, ScalableUnit
+from kvstore_s3.codec.rotation import Rotation
+from kvstore_s3.codec.scalable import decode_scalable, encode_scalable
+from kvstore_s3.codec.tables import classes_of, fit_tables, uncalibrated_tables
+
+BFLOAT16 = 1
+FIRST_POSITION = 4096
+LARGEST, SMALLEST = 2.0**7, 2.0**-3
+"""Deviations of the first and the last component, in the finest steps: some 4 bits a value with all levels."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossySections:
+    """Different sections of layers 0 to `group` and their payloads, level by level."""
+
+    model: Model
+    calibration: Calibration | None
+    payloads: Sequence[Sequence[bytes]]
+
+    @property
+    def bits_per_value(self) -> list[float]:
+        """With one, two and three levels."""
+        values = len(self.payloads) * int(np.prod(self.model.section_shape))
+        sizes = np.cumsum([[len(level) for level in section] for section in self.payloads], axis=1)
+        return [float(bits) for bits in 8 * sizes.sum(axis=0) / values]
+
+    def decode_on_host(self, which: int, levels: int) -> Bits:
+        out = np.empty(self.model.section_shape, np.uint16)
+        payloads = [(3, memoryview(payload)) for payload in self.payloads[which][:levels]]
+        decode_scalable(
+            payloads,
+            out,
+            "bfloat16",
+            layer_begin=0,
+            head_begin=0,
+            section_heads=self.model.heads,
+            first_position=FIRST_POSITION,
+            calibration=self.calibration,
+        )
+        return out
+
+
+def draw_lossy(model: Model, count: int, *, calibrated: bool) -> LossySections:
+    layout = KVLayout(model.group, model.heads, model.dim, "bfloat16", rope={"rope_type": "default", "rope_theta": 5e5})
+    rotation = Rotation.from_layout(layout)
+    rng = np.random.Generator(np.random.PCG64(5))
+    components = 2 * model.group * model.dim
+    basis = np.linalg.qr(rng.standard_normal((components, components)))[0].astype(np.float32)
+    deviations = np.geomspace(LARGEST, SMALLEST, components).astype(np.float32)
+    calibration = make_up(model, rotation, basis, deviations, rng) if calibrated else None
+    payloads = []
+    for _ in range(count):
+        y = rng.standard_normal((model.heads, model.tokens, components), np.float32) * deviations
+        x = (y @ basis).reshape(model.heads, model.tokens, model.group, 2, model.dim).transpose(2, 3, 1, 0, 4)
+        values = (rotate(x, rotation).view(np.uint32) >> 16).astype(np.uint16)
+        coded = encode_scalable(
+            values,
+            "bfloat16",
+            layer_begin=0,
+            first_position=FIRST_POSITION,
+            calibration=calibration,
+            rotation=rotation,
+        )
+        assert all(codec == 3 for codec, _ in coded), "these values should be coded with loss"
+        payloads.append([payload for _, payload in coded])
+    return LossySections(model, calibration, payloads)
+
+
+def make_up(
+    model: Model, rotation: Rotation, basis: np.ndarray, deviations: np.ndarray, rng: np.random.Generator
+) -> Calibration:
+    """All heads have the same basis; tables are those of normal numbers."""
+    sample = (rng.standard_normal((512, len(deviations)), np.float32) * deviations).astype(np.float32)
+    classes = classes_of(sample)
+    tables = fit_tables([np.rint(sample).astype(np.int16)], [classes])
+    unit = Unit.pack(classes, basis, basis)
+    units = {(0, head): unit for head in range(model.heads)}
+    mean = np.zeros((model.group, 2, model.heads, model.dim), np.float32)
+    return Calibration(
+        bytes(32), model.group, model.heads, model.dim, "group", model.group, rotation, mean, tables, units
+    )
+
+
+def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
+    """K [layers, 0, tokens, heads, dim] turned by its position, halves of a head against each other."""
+    cosines, sines = (table[:, None] for table in rotation.tables(FIRST_POSITION, x.shape[2]))
+    out = np.ascontiguousarray(x, dtype=np.float32)
+    half = cosines.shape[2]
+    a, b = x[:, 0, :, :, :half], x[:, 0, :, :, half:]
+    out[:, 0, :, :, :half] = a * cosines - b * sines
+    out[:, 0, :, :, half:] = b * cosines + a * sines
+    return out
+
+
+class LossyDecoding:
+    """All heads of `chunks` chunks from their first `levels` levels, decoded into a paged cache.
+
+    Each layer group has its own copy of the calibration on the device, as a model's groups have.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        sections: LossySections,
+        levels: int,
+        chunks: int,
+        cache: PagedCache,
+        device: torch.device,
+    ) -> None:
+        self._sections, self._levels, self._chunks, self._cache = sections, levels, chunks, cache
+        self._device, self._model = device, sections.model
+        self._calls = ScalableCalls(library)
+        self._kept: list[Any] = []
+        tables = uncalibrated_tables() if sections.calibration is None else sections.calibration.tables
+        self._first, self._tables = tables.first, self._put(self._calls.pack_tables(tables))
+        self._units = [self._put_units() for _ in range(self._model.groups)]
+        self._hosts = [[np.frombuffer(level, np.uint8) for level in section] for section in sections.payloads]
+        flat = [level for section in sections.payloads for level in section]
+        staged, addresses = stage(flat, device)
+        self._kept.append(staged)
+        self._addresses = np.array(addresses).reshape(len(sections.payloads), -1)
+        rotation = self._rotation()
+        cosines, sines = rotation.tables(FIRST_POSITION, self._model.tokens)
+        self._angles = self._put(cosines), self._put(sines), cosines.shape[1]
+        self._rotated = self._put(np.ascontiguousarray(rotation.select(0, self._model.group)))
+        self._style = rotation.style_id
+        described = [self._describe(chunk, group) for group in range(self._model.groups) for chunk in range(chunks)]
+        begin = time.perf_counter()
+        parsed = self._calls.parse(described)
+        self.host_seconds = time.perf_counter() - begin
+        assert not parsed.faults.any(), f"verdicts {sorted(set(parsed.faults.tolist()))} of sections that are good"
+        self._totals = parsed.totals
+        self._jobs = self._put(parsed.jobs)
+        self._numbers = torch.empty(parsed.totals.numbers, dtype=torch.int16, device=device)
+        self._order = torch.empty(max(parsed.totals.order, 1), dtype=torch.int32, device=device)
+        self.faults = torch.full((parsed.totals.jobs,), -1, dtype=torch.int32, device=device)
+
+    @staticmethod
+    def bytes_needed(model: Model, chunks: int) -> int:
+        """Device memory: the cache, and two bytes a value between the kernels."""
+        return 2 * chunks * model.chunk_bytes + 2**28
+
+    @property
+    def bytes_out(self) -> int:
+        return self._chunks * self._model.chunk_bytes
+
+    def run(self, stream: int) -> None:
+        self._calls.decode(
+            self._jobs,
+            self._totals,
+            self._cache.pages,
+            dtype_id=BFLOAT16,
+            numbers=self._numbers.data_ptr(),
+            order=self._order.data_ptr(),
+            faults=self.faults.data_ptr(),
+            stream=stream,
+        )
+
+    def check(self) -> None:
+        """Every stream decoded, and the first section is the CPU's within a step of bf16. Raises `AssertionError`."""
+        assert not self.faults.any(), f"{int((self.faults != 0).sum())} streams did not decode"
+        found = _floats(self._cache.read(self._model, 0, 0))
+        expected = _floats(self._sections.decode_on_host(0, self._levels))
+        distance = np.abs(found - expected).max() / np.abs(expected).max()
+        assert distance < 2**-8, f"chunk 0 is {distance} of the largest value away from the CPU's"
+
+    def _rotation(self) -> Rotation:
+        layout = KVLayout(
+            self._model.group,
+            self._model.heads,
+            self._model.dim,
+            "bfloat16",
+            rope={"rope_type": "default", "rope_theta": 5e5},
+        )
+        return Rotation.from_layout(layout)
+
+    def _put(self, data: np.ndarray) -> int:
+        tensor = torch.from_numpy(np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8).copy())
+        self._kept.append(tensor.to(self._device))
+        return int(self._kept[-1].data_ptr())
+
+    def _put_units(self) -> Any:
+        calibration = self._sections.calibration
+        if calibration is None:
+            return None
+        units = (ScalableUnit * self._model.heads)()
+        for head in range(self._model.heads):
+            unit = calibration.units[0, head]
+            assert unit.synthesis is not None
+            self._kept.append(unit.classes)
+            units[head] = ScalableUnit(
+                host_classes=unit.classes.ctypes.data,
+                classes=self._put(unit.classes),
+                mean=self._put(calibration.unit_mean(0, head)),
+                scale=self._put(unit.synthesis_scale),
+                matrix=self._put(unit.synthesis),
+                components=len(unit.classes),
+                matrix_bytes=unit.synthesis.itemsize,
+            )
+        return units
+
+    def _describe(self, chunk: int, group: int) -> ScalableSection:
+        model = self._model
+        which = (chunk * model.groups + group) % len(self._hosts)
+        section = ScalableSection(
+            units=0,
+            tables=self._tables,
+            cosines=self._angles[0],
+            sines=self._angles[1],
+            first_position=FIRST_POSITION,
+            levels=self._levels,
+            object_levels=3,
+            tokens=model.tokens,
+            heads=model.heads,
+            dim=model.dim,
+            head_begin=0,
+            head_end=model.heads,
+            token_begin=chunk * model.tokens,
+            layer_begin=group * model.group,
+            head=0,
+            layers=model.group,
+            pairs=self._angles[2],
+            item_bytes=2,
+        )
+        section.first[:] = self._first
+        for level in range(self._levels):
+            section.payload[level] = self._hosts[which][level].ctypes.data
+            section.device[level] = int(self._addresses[which, level])
+            section.lengths[level] = len(self._hosts[which][level])
+        if self._sections.calibration is not None:
+            section.units = ctypes.addressof(self._units[group])
+            section.span, section.style = SPANS.index("group"), self._style
+            section.rotated = self._rotated
+        return section
+
+
+def _floats(bits: Bits) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

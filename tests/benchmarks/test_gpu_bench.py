@@ -1,0 +1,72 @@
+"""The GPU benchmark on the kernels' emulation: figures mean nothing there, but every row is computed and checked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda.emulated import ON_DEVICE, build
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from gpu_bench import Bench, Budget, measure
+from gpu_cases import TINY, LosslessDecoding, PagedCache, Sections
+
+from kvstore_s3.codec.device.library import Library
+
+pytestmark = pytest.mark.skipif(ON_DEVICE, reason="KVSTORE_S3_CUDA=1: this is about the emulation")
+HOST = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def library(pytestconfig: pytest.Config) -> Library:
+    return Library(build(Path(pytestconfig.cache.mkdir("kernels"))), emulated=True)
+
+
+def test_every_row_is_measured_and_checked(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measure(Bench(library, HOST, Budget(60)), (TINY,), (1, 2))
+    rows = [(row["profile"], row["verb"], row["chunks"]) for row in found["codec"]]
+    assert rows == [
+        ("lossless", "decode", 1),
+        ("lossless", "decode", 2),
+        ("lossless", "encode", 1),
+        ("lossless", "encode", 2),
+        ("near-lossless", "decode", 1),
+        ("balanced", "decode", 1),
+        ("small", "decode", 1),
+        ("uncalibrated", "decode", 1),
+    ]
+    assert all(row["bf16_gb_s"] > 0 for row in found["codec"])
+    assert found["slab_to_block"][0]["share_of_copy"] > 0
+    assert found["limits"]["scatter_gb_s_out"] is None
+    assert "slab to block" in capsys.readouterr().out
+
+
+def test_wrong_values_do_not_pass(library: Library) -> None:
+    sections = Sections.draw(TINY, 2)
+    cache = PagedCache(TINY, 2, HOST)
+    case = LosslessDecoding(sections, 2, cache, HOST)
+    case.run(library, 0)
+    case.check()
+    assert np.array_equal(cache.read(TINY, 1, 0), sections.values[sections.pick(1, 0)])
+    cache.values[0, 0, cache.table[0], 3] = 1e30
+    with pytest.raises(AssertionError, match="chunk 0, layer group 0 came out wrong"):
+        case.check()
+
+
+def test_a_damaged_stream_does_not_pass(library: Library) -> None:
+    sections = Sections.draw(TINY, 1)
+    head = sections.payloads[0]
+    damaged = head[: 4 * TINY.heads] + b"\x07" + head[4 * TINY.heads + 1 :]
+    case = LosslessDecoding(Sections(TINY, sections.values, [damaged]), 1, PagedCache(TINY, 1, HOST), HOST)
+    case.run(library, 0)
+    with pytest.raises(AssertionError, match="2 heads did not decode"):
+        case.check()
+
+
+def test_what_time_is_not_left_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not Budget(0).allows("lossless decode, 8B, 64 chunks")
+    assert "lossless decode, 8B, 64 chunks" in capsys.readouterr().out
