@@ -113,13 +113,16 @@ def running_engine(
 def engine_environment() -> dict[str, str]:
     """Three processes, as vLLM's default is; 1 GiB of KV; nothing from the network. Hashes as LMCache wants them.
 
-    Engines are ended when all is stored, so their workers get no time for it.
+    All engines compute on all cores: left to itself, vLLM keeps one free for its scheduler, and one more where there is
+    a connector, unless that leaves none, so that on two cores the engine with a connector would compute on both and the
+    one without on one. Engines are ended when all is stored, so their workers get no time for it.
     """
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONSAFEPATH": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     }
