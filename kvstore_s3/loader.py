@@ -142,13 +142,15 @@ class Loader:
         return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have threads, and the memory that a load of so many tokens takes, before the first load waits for them."""
+        """Have what a load of so many tokens into a sink takes, threads and memory, before the first one waits for it."""
         await asyncio.to_thread(start_threads, self._threads, self._decoders)
-        values = self.empty(self._shard.layers, tokens).view(torch.uint8)
+        chunks = min(-(-tokens // self._chunk_tokens), self._chunks_at_once)
+        values = [self.empty(self._shard.layers, self._chunk_tokens) for _ in range(chunks)]
         slab = self.slabs.try_acquire(min(self.slabs.budget, 2 * self._settings.range_bytes))
 
         def touch() -> None:
-            values.zero_()
+            for chunk in values:
+                chunk.view(torch.uint8).zero_()
             if slab is not None:
                 slab.view[:] = bytes(len(slab.view))
 

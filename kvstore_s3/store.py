@@ -195,7 +195,8 @@ class KVStore:
         The next group is read and decoded while the caller works on this one. See `LayerGroup` for what damage does,
         and `load` for what `pace` and `device` do. No group at all comes where nothing is worth loading. `by_layer`:
         groups are as small as they can be. `sink` is awaited for each chunk's share of a group as soon as it is
-        decoded.
+        decoded, and has to copy it: memory is used again when it returns, and a group's own `kv` then has a shape, but
+        no values.
         """
         check_hit(hit, self.namespace)
         check_boundary(first_token, self.namespace)
@@ -248,7 +249,7 @@ class KVStore:
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have threads, and the memory that a load of so many tokens takes, before the first load waits for them."""
+        """Have what a load of so many tokens into a sink takes, threads and memory, before the first one waits for it."""
         await self._loader.warm_up(tokens)
 
     def is_near(self, hit: Hit) -> bool:

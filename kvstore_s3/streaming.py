@@ -41,7 +41,7 @@ them. It may be given chunks in any order, and such as turn out to lie behind a 
 
 @dataclass(slots=True)
 class Group:
-    """A band that is read into `kv`, which has room for the first `chunks` chunks of the load."""
+    """A band that is read into `kv`, which has room for the first `chunks` chunks of the load (see `Stream._room`)."""
 
     band: Band
     kv: torch.Tensor
@@ -57,9 +57,9 @@ class Stream:
     from, and no others.
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
-    into, and `view` what the reader gets of it. `sink` is awaited for each chunk's share of a band as soon as it is
-    there. `on_lost` hears of objects that could not be used, and since when the load runs; it ends before the first of
-    them.
+    into, or a chunk's share of it where there is a `sink`, which is awaited for each as soon as it is there; `view`
+    makes what the reader gets of it. `on_lost` hears of objects that could not be used, and since when the load runs;
+    it ends before the first of them.
     """
 
     def __init__(
@@ -139,9 +139,20 @@ class Stream:
                 return
             band = self._bands[self._next_band]
             self._next_band += 1
-            group = Group(band, self._allocate(band, self.good), self.good)
+            group = Group(band, self._room(band), self.good)
             group.task = asyncio.create_task(self._read_group(group, self._urgency(band)))
             self._groups.append(group)
+
+    def _room(self, band: Band) -> torch.Tensor:
+        """What a band is decoded into.
+
+        With a sink it is an outline, without memory for all tokens: a chunk takes some for as long as it needs it, so
+        that a load takes no more for being long.
+        """
+        if self._sink is None:
+            return self._allocate(band, self.good)
+        one = self._allocate(band, 1)
+        return one[:, :, :1].expand(-1, -1, self.good * one.shape[2], -1, -1)
 
     async def _finish(self, group: Group) -> None:
         assert group.task is not None
@@ -154,16 +165,20 @@ class Stream:
         group.task.result()
 
     async def _read_group(self, group: Group, urgency: float) -> None:
-        bits = self._view(group.kv)
-        tokens = bits.shape[2] // group.chunks
+        tokens = group.kv.shape[2] // group.chunks
+        whole = self._view(group.kv) if self._sink is None else None
 
         async def read(index: int) -> None:
             async with self._turns:
                 if index >= self.good:
                     return
-                place = slice(index * tokens, (index + 1) * tokens)
-                if await self._read_chunk(index, group.band, bits[:, :, place], urgency) and self._sink is not None:
-                    await self._sink(group.band.layer_begin, index, group.kv[:, :, place])
+                if whole is not None:
+                    place = whole[:, :, index * tokens : (index + 1) * tokens]
+                    await self._read_chunk(index, group.band, place, urgency)
+                    return
+                values = self._allocate(group.band, 1)
+                if await self._read_chunk(index, group.band, self._view(values), urgency) and self._sink is not None:
+                    await self._sink(group.band.layer_begin, index, values)
 
         try:
             async with asyncio.TaskGroup() as tasks:
