@@ -128,13 +128,11 @@ KVS_EXPORT std::size_t kvs_scalable_struct_bytes(int which);
 
 // Decodes `totals->jobs` jobs into pages of bfloat16 (1), float16 (2) or float (3). `faults` [jobs] gets a
 // kvs::Fault for each job, as kvs_lossless_decode says. `numbers` and `order` are scratch of the size in
-// `totals`, 16 bytes aligned. At most `most_blocks` blocks of each kernel run at once (the share of the GPU
-// that decoding may take: an SM holds one to four of them); 0: as many as there is work for.
+// `totals`, 16 bytes aligned.
 KVS_EXPORT int kvs_scalable_decode(const KvsScalableJob* jobs /* device */,
                                    const KvsScalableTotals* totals /* host */,
                                    const KvsPages* pages /* host */, int dtype,
                                    std::int16_t* numbers /* device */, std::uint32_t* order /* device */,
-                                   std::uint32_t* faults /* device */, std::uint32_t most_blocks,
-                                   void* stream);
+                                   std::uint32_t* faults /* device */, void* stream);
 
 }  // extern "C"

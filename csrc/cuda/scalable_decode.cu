@@ -16,14 +16,12 @@ struct Call {
   std::int16_t* numbers;
   std::uint32_t* order;
   std::uint32_t* faults;
-  std::uint32_t multiprocessors, most_blocks;
+  std::uint32_t multiprocessors;
   void* stream;
 
   // Blocks of a kernel for so many pieces of work.
   std::uint32_t blocks(std::uint64_t pieces, std::uint32_t resident) const {
-    std::uint64_t most = std::uint64_t{multiprocessors} * resident;
-    if (most_blocks != 0) most = std::min<std::uint64_t>(most, most_blocks);
-    return static_cast<std::uint32_t>(std::min(pieces, most));
+    return static_cast<std::uint32_t>(std::min(pieces, std::uint64_t{multiprocessors} * resident));
   }
 };
 
@@ -38,7 +36,7 @@ int decode_levels(const Call& call) {
   const Grid grid = spread<DecodeLevels>(totals.jobs, call.multiprocessors, 4);
   const std::uint32_t warps = grid.threads / simt::kWarp;
   const std::uint32_t bytes = DecodeLevels::shared_bytes(totals.first_class, totals.classes_end, warps);
-  return launch(kernel, call.blocks(grid.blocks, DecodeLevels::kResident), grid.threads, bytes, call.stream);
+  return launch(kernel, grid.blocks, grid.threads, bytes, call.stream);
 }
 
 template <DeviceDtype dtype>
@@ -82,11 +80,11 @@ int decode(const Call& call) {
 
 int kvs_scalable_decode(const KvsScalableJob* jobs, const KvsScalableTotals* totals, const KvsPages* pages,
                         int dtype, std::int16_t* numbers, std::uint32_t* order, std::uint32_t* faults,
-                        std::uint32_t most_blocks, void* stream) {
+                        void* stream) {
   if (totals->jobs == 0) return 0;
   std::uint32_t multiprocessors = 0;
-  if (const int error = count_multiprocessors(&multiprocessors)) return error;
-  const Call call{jobs, *totals, *pages, numbers, order, faults, multiprocessors, most_blocks, stream};
+  if (const int error = allow_multiprocessors(&multiprocessors)) return error;
+  const Call call{jobs, *totals, *pages, numbers, order, faults, multiprocessors, stream};
   switch (dtype) {
     case static_cast<int>(DeviceDtype::kBfloat16):
       return decode<DeviceDtype::kBfloat16>(call);

@@ -21,74 +21,86 @@ KVS_DEVICE bool is_wanted(const KvsScalableJob& job, std::uint32_t plane) {
   return job.want_begin <= head && head < job.want_end;
 }
 
-// Where a token's values of a plane lie.
-template <typename Bits>
-KVS_DEVICE Bits* find_row(const KvsScalableJob& job, const KvsPages& pages, std::uint32_t plane,
-                          std::uint32_t token) {
-  const std::uint32_t head = plane / (2u * job.layers), within = plane % (2u * job.layers);
-  const std::uint32_t at = job.token_begin + token;
-  return find_head<Bits>(pages, job.layer_begin + within / 2, within % 2, job.head + head - job.want_begin) +
-         find_token_run(pages, at, at + 1).offset;
-}
+// A plane of a stream in the pages, and how its rows of x become values: what all its tokens share.
+template <DeviceDtype dtype>
+class PlaneWriter {
+ public:
+  using Bits = typename DtypeBits<dtype>::Bits;
 
-// The angles that a token's K of a plane is turned by; `pairs` 0: not turned.
-struct Turn {
-  const float* cosines;
-  const float* sines;
-  std::uint32_t pairs;
-  bool halves;
-
-  KVS_DEVICE Turn(const KvsScalableJob& job, std::uint32_t plane, std::uint32_t token)
-      : halves(job.style == 1) {
-    const std::uint32_t within = plane % (2u * job.layers);
+  KVS_DEVICE PlaneWriter(const KvsScalableJob& job, const KvsPages& pages, std::uint32_t plane)
+      : job_(job), pages_(pages), dim_(job.dim) {
+    const std::uint32_t head = plane / (2u * job.layers), within = plane % (2u * job.layers);
     const auto* rotated = reinterpret_cast<const std::uint8_t*>(job.rotated);
-    const bool turned = job.style != 0 && within % 2 == 0 && rotated[within / 2] != 0;
-    const std::uint64_t row = static_cast<std::uint64_t>(token) * job.pairs;
-    pairs = turned ? job.pairs : 0;
-    cosines = reinterpret_cast<const float*>(job.cosines) + row;
-    sines = reinterpret_cast<const float*>(job.sines) + row;
+    values_ =
+        find_head<Bits>(pages, job.layer_begin + within / 2, within % 2, job.head + head - job.want_begin);
+    turned_ = job.style == 0 || within % 2 != 0 || rotated[within / 2] == 0 ? 0 : 2u * job.pairs;
   }
 
-  // Number `d` of a head's x after turning.
-  KVS_DEVICE float operator()(const float* x, std::uint32_t d) const {
-    if (d >= 2 * pairs) return x[d];
-    const std::uint32_t pair = halves ? d % pairs : d / 2;
-    const bool second = halves ? d >= pairs : d % 2 != 0;
-    const float own = x[d] * cosines[pair];
-    return second ? own + x[halves ? d - pairs : d - 1] * sines[pair]
-                  : own - x[halves ? d + pairs : d + 1] * sines[pair];
+  // Where a token's values lie.
+  KVS_DEVICE Bits* find_row(std::uint32_t token) const {
+    const std::uint32_t at = job_.token_begin + token;
+    return values_ + find_token_run(pages_, at, at + 1).offset;
   }
+
+  // Writes a token's values, two numbers of `x` by each lane of a warp, with one store where they may.
+  KVS_DEVICE void write_row(std::uint32_t token, const float* x) const {
+    struct alignas(2 * sizeof(Bits)) Two {
+      Bits first, second;
+    };
+    Bits* to = find_row(token);
+    const bool together = reinterpret_cast<std::uint64_t>(to) % sizeof(Two) == 0;
+    const std::uint64_t angles = std::uint64_t{token} * job_.pairs;
+    const float* cosines = reinterpret_cast<const float*>(job_.cosines) + angles;
+    const float* sines = reinterpret_cast<const float*>(job_.sines) + angles;
+    for (std::uint32_t d = 2 * simt::lane(); d < dim_; d += 2 * simt::kWarp) {
+      const Bits first = narrow_value<dtype>(turn(x, d, cosines, sines));
+      if (d + 1 == dim_) {
+        to[d] = first;
+        break;
+      }
+      const Two both{first, narrow_value<dtype>(turn(x, d + 1, cosines, sines))};
+      if (together) {
+        *reinterpret_cast<Two*>(to + d) = both;
+      } else {
+        to[d] = both.first;
+        to[d + 1] = both.second;
+      }
+    }
+  }
+
+ private:
+  // Number `d` of x, K with its rotation.
+  KVS_DEVICE float turn(const float* x, std::uint32_t d, const float* cosines, const float* sines) const {
+    if (d >= turned_) return x[d];
+    const bool halves = job_.style == 1;
+    const std::uint32_t apart = halves ? turned_ / 2 : 1;
+    const bool second = halves ? d >= apart : d % 2 != 0;
+    const std::uint32_t pair = !halves ? d / 2 : second ? d - apart : d;
+    const float own = x[d] * cosines[pair];
+    return second ? own + x[d - apart] * sines[pair] : own - x[d + apart] * sines[pair];
+  }
+
+  const KvsScalableJob& job_;
+  const KvsPages& pages_;
+  Bits* values_;
+  std::uint32_t dim_, turned_;  // the first of a head's numbers, as many as are turned
 };
 
-// Writes x of the tile: row `token - begin` of `x`, planes side by side from the tile's first on. Two numbers
-// of one head go with one thread, and with one store where they may.
+// Writes x of the tile: row `token - begin` of `x`, planes side by side from the tile's first on. A warp has
+// neighbouring rows of one plane after the other, for which it finds the plane once.
 template <DeviceDtype dtype>
 KVS_DEVICE void write_tile(const KvsScalableJob& job, const KvsPages& pages, const Tile& tile, const float* x,
                            std::uint32_t stride) {
-  using Bits = typename DtypeBits<dtype>::Bits;
-  struct alignas(2 * sizeof(Bits)) Two {
-    Bits first, second;
-  };
-  const std::uint32_t dim = job.dim, twos = (dim + 1) / 2, planes = tile.last - tile.first;
-  const std::uint32_t items = (tile.end - tile.begin) * planes * twos;
-  for (std::uint32_t item = simt::thread(); item < items; item += simt::threads()) {
-    const std::uint32_t d = item % twos * 2, plane = item / twos % planes, row = item / twos / planes;
+  const std::uint32_t rows = tile.end - tile.begin, all = rows * (tile.last - tile.first);
+  const std::uint32_t each = (all + simt::warps() - 1) / simt::warps(), begin = simt::warp() * each;
+  const std::uint32_t end = begin + each < all ? begin + each : all;
+  std::uint32_t plane = begin / rows, row = begin % rows;
+  for (std::uint32_t at = begin; at < end; ++plane, row = 0) {
+    const std::uint32_t last = rows - row < end - at ? rows : row + end - at;
+    at += last - row;
     if (!is_wanted(job, tile.first + plane)) continue;
-    const float* values = x + row * stride + plane * dim;
-    const Turn turn(job, tile.first + plane, tile.begin + row);
-    Bits* to = find_row<Bits>(job, pages, tile.first + plane, tile.begin + row) + d;
-    const Bits first = narrow_value<dtype>(turn(values, d));
-    if (d + 1 == dim) {
-      *to = first;
-      continue;
-    }
-    const Two both{first, narrow_value<dtype>(turn(values, d + 1))};
-    if (reinterpret_cast<std::uint64_t>(to) % sizeof(Two) == 0) {
-      *reinterpret_cast<Two*>(to) = both;
-    } else {
-      to[0] = both.first;
-      to[1] = both.second;
-    }
+    const PlaneWriter<dtype> writer(job, pages, tile.first + plane);
+    for (; row < last; ++row) writer.write_row(tile.begin + row, x + row * stride + plane * job.dim);
   }
 }
 
@@ -119,14 +131,16 @@ KVS_DEVICE void write_exact(const KvsScalableJob& job, const KvsPages& pages, co
   const std::uint32_t begin = find_exact(job, tile.begin), end = find_exact(job, tile.end);
   const std::uint32_t dim = job.dim, planes = tile.last - tile.first;
   const std::uint64_t n = 2ull * job.layers * job.heads * dim;
-  for (std::uint32_t item = simt::thread(); item < (end - begin) * planes * dim; item += simt::threads()) {
-    const std::uint32_t d = item % dim, plane = tile.first + item / dim % planes,
-                        exact = begin + item / dim / planes;
+  for (std::uint32_t item = simt::warp(); item < (end - begin) * planes; item += simt::warps()) {
+    const std::uint32_t plane = tile.first + item % planes, exact = begin + item / planes;
     if (!is_wanted(job, plane)) continue;
-    const std::uint16_t* from = stored + (exact * n + std::uint64_t{plane} * dim + d) * kHalves;
-    Bits bits = from[0];
-    if constexpr (kHalves == 2) bits |= static_cast<std::uint32_t>(from[1]) << 16;
-    find_row<Bits>(job, pages, plane, raw ? exact : tokens[exact])[d] = bits;
+    const std::uint16_t* from = stored + (exact * n + std::uint64_t{plane} * dim) * kHalves;
+    Bits* to = PlaneWriter<dtype>(job, pages, plane).find_row(raw ? exact : tokens[exact]);
+    for (std::uint32_t d = simt::lane(); d < dim; d += simt::kWarp) {
+      Bits bits = from[d * kHalves];
+      if constexpr (kHalves == 2) bits |= static_cast<std::uint32_t>(from[d * kHalves + 1]) << 16;
+      to[d] = bits;
+    }
   }
 }
 

@@ -77,6 +77,8 @@ struct DecodeLevels {
   static constexpr std::uint32_t kMostShared = 18;
   static constexpr std::uint32_t kThresholds = 2 * kClasses * kContexts;
   static constexpr std::uint32_t kWarpBytes = 2 * WordRing::kWords + 4 * kClasses;
+  static constexpr std::uint32_t kSharedBytes = 4 * kThresholds + kMostShared * (4 * kBaseSymbols + kSlots) +
+                                                kThreads / simt::kWarp * kWarpBytes;  // at most
   static constexpr std::uint32_t kBatch = 4;  // rows whose coarse numbers are loaded at once
 
   const KvsScalableJob* jobs;
@@ -207,7 +209,7 @@ KVS_DEVICE bool DecodeLevels::decode_base(Stream& stream) const {
       const std::uint32_t popped = pop_packed(state, symbols[symbol]);
       const std::uint32_t hungry = active ? needs_word(popped) : 0;
       const std::uint32_t word = words.take(hungry);
-      state = active ? pull_word(popped, word, hungry) : state;
+      if (active) state = hungry ? popped << 16 | word : popped;
       std::int32_t number = active ? static_cast<std::int32_t>(symbol) - kBaseOffset : 0;
       const bool escaped = active && symbol == kBaseEscape;
       const std::uint32_t all = simt::ballot(escaped);
@@ -250,7 +252,7 @@ KVS_DEVICE bool DecodeLevels::decode_refinement(Stream& stream, std::uint32_t le
         const std::uint32_t popped = pop_symbol(state, found.entry);
         const std::uint32_t hungry = active ? needs_word(popped) : 0;
         const std::uint32_t word = words.take(hungry);
-        state = active ? pull_word(popped, word, hungry) : state;
+        if (active) state = hungry ? popped << 16 | word : popped;
         rows[i * kLanes] = static_cast<std::int16_t>(active ? refine_number(coarse[i], found.u) : 0);
       }
     }

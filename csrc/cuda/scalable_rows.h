@@ -17,6 +17,7 @@ template <DeviceDtype dtype>
 struct FinishRows {
   static constexpr std::uint32_t kThreads = 256, kResident = 2;
   static constexpr std::uint32_t kMostFloats = 16384, kMostTokens = 16, kTogether = 4;
+  static constexpr std::uint32_t kSharedBytes = 4 * (kMostFloats + kMostTokens * 256);  // at most
 
   const KvsScalableJob* jobs;
   std::uint32_t count;

@@ -145,7 +145,6 @@ class Batch:
         shape: tuple[int, int, int, int],
         *,
         paged: bool = True,
-        most_blocks: int = 0,
     ) -> Decoded:
         """`shape`: layers, tokens, heads of the pages, and the layer that they begin with."""
         layers, tokens, heads, layer_base = shape
@@ -154,7 +153,7 @@ class Batch:
         numbers = self.device.put(np.full(max(parsed.totals.numbers, 1), -21931, np.int16))
         order = self.device.put(np.full(max(parsed.totals.order, 1), 0xA5A5A5A5, np.uint32))
         verdicts = self.device.put(np.full(max(parsed.totals.jobs, 1), 77, np.uint32))
-        self.run(parsed.totals, parsed.jobs, pool, numbers, order, verdicts, most_blocks)
+        self.run(parsed.totals, parsed.jobs, pool, numbers, order, verdicts)
         values, untouched = pool.read()
         of_jobs = np.frombuffer(verdicts.read(), np.uint32)
         faults = parsed.faults.tolist()
@@ -171,7 +170,6 @@ class Batch:
         numbers: Buffer,
         order: Buffer,
         verdicts: Buffer,
-        most_blocks: int,
     ) -> None:
         self.calls.decode(
             self.put(jobs),
@@ -182,7 +180,6 @@ class Batch:
             order=order.address,
             faults=verdicts.address,
             stream=self.device.stream,
-            most_blocks=most_blocks,
         )
 
     def describe(self, given: Given, layer_base: int = 0) -> ScalableSection:

@@ -173,7 +173,7 @@ def test_chunks_of_one_call_and_ranges_of_their_heads_go_where_they_belong(devic
         expected.append(found)
         at += kv.shape[2]
     batch = Batch(device, DIM, "bfloat16", MODES[mode])
-    decoded = batch.decode(sections, (LAYERS, at, HEADS, 0), most_blocks=1)
+    decoded = batch.decode(sections, (LAYERS, at, HEADS, 0))
     assert decoded.faults == [0, 0, 0]
     assert decoded.elsewhere_untouched
     everything = np.concatenate(expected, axis=2)

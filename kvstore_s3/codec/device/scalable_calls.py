@@ -171,12 +171,11 @@ class ScalableCalls:
         order: int,
         faults: int,
         stream: int,
-        most_blocks: int = 0,
     ) -> None:
         """Queue the decoding of a parsed batch on `stream`.
 
         Device addresses: `jobs`; scratch `numbers` and `order`, as large as `totals` says, at multiples of 16;
-        `faults` uint32 [jobs]. At most `most_blocks` blocks of a kernel run at once, 0: as many as there is work for.
+        `faults` uint32 [jobs].
         """
         self._library.call(
             "kvs_scalable_decode",
@@ -187,6 +186,5 @@ class ScalableCalls:
             ctypes.c_void_p(numbers),
             ctypes.c_void_p(order),
             ctypes.c_void_p(faults),
-            ctypes.c_uint32(most_blocks),
             ctypes.c_void_p(stream),
         )
