@@ -107,8 +107,10 @@ def making_faults(proxy: FaultProxy, period_s: float, seed: int) -> Iterator[dic
 
     def make() -> None:
         ended.wait(period_s)
+        left: list[str] = []
         while not ended.is_set():
-            name = chance.choice(list(FAULTS))
+            left = left or chance.sample(list(FAULTS), len(FAULTS))  # each kind once before any comes again
+            name = left.pop()
             times[name] += 1
             FAULTS[name](proxy)
             ended.wait(period_s)

@@ -142,7 +142,7 @@ class Loader:
         return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have what a load of so many tokens into a sink takes, threads and memory, before the first one waits for it."""
+        """Have what a load of so many tokens into a sink takes, threads and memory, before the first waits for it."""
         await asyncio.to_thread(start_threads, self._threads, self._decoders)
         chunks = min(-(-tokens // self._chunk_tokens), self._chunks_at_once)
         values = [self.empty(self._shard.layers, self._chunk_tokens) for _ in range(chunks)]
