@@ -12,7 +12,8 @@ import torch
 
 from kvstore_s3.bitstream import PROFILES, Header, Section
 from kvstore_s3.codec.device.decoder import DeviceDecoder
-from kvstore_s3.codec.device.jobs import LosslessSection, Piece, find_target, plan_pieces
+from kvstore_s3.codec.device.jobs import LosslessSection, plan_pieces
+from kvstore_s3.codec.device.pieces import Piece, find_target
 from kvstore_s3.codec.device.requests import Copy
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.encode import view_bits

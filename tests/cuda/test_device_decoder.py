@@ -14,9 +14,11 @@ from codec.sections import draw_normal, draw_random
 from cuda.emulated import ON_DEVICE, Device
 
 from kvstore_s3.codec.base import Bits
-from kvstore_s3.codec.device.decoder import CONTROL_BYTES, SLOTS, SMALLEST_BUDGET, DeviceDecoder
-from kvstore_s3.codec.device.jobs import LosslessSection, Piece, Target, find_target, plan_pieces
-from kvstore_s3.codec.device.library import Library
+from kvstore_s3.codec.device.batch import CONTROL_BYTES
+from kvstore_s3.codec.device.decoder import SLOTS, SMALLEST_BUDGET, DeviceDecoder
+from kvstore_s3.codec.device.jobs import LosslessSection, LosslessWork, plan_pieces
+from kvstore_s3.codec.device.library import LOSSLESS_JOB, Library
+from kvstore_s3.codec.device.pieces import Form, Piece, Run, Target, find_target
 from kvstore_s3.codec.device.requests import Copy, Request, Room, Waiting
 from kvstore_s3.codec.lossless import LosslessCodec
 from kvstore_s3.errors import (
@@ -88,6 +90,27 @@ def test_targets_of_several_forms_are_decoded_at_once(decoder: DeviceDecoder) ->
         assert np.array_equal(bits_of(out), one)
 
 
+def test_pages_are_found_by_their_block_table(decoder: DeviceDecoder) -> None:
+    block_tokens, blocks = 4, [5, 0, 3, 1]
+    tokens = len(blocks) * block_tokens
+    pages = torch.zeros((2, 2, 7, block_tokens, 2, 8), dtype=torch.bfloat16, device=MEMORY)
+    table = torch.tensor(blocks, dtype=torch.int32, device=MEMORY)
+    whole = find_target(pages.data_ptr(), (2, 2, 1, 1, 8), (*pages.stride()[:2], 0, 0, 1), 2)
+    block, token, head = pages.stride()[2:5]
+    target = Target(whole.planes, Form(8, token, head, table.data_ptr(), block_tokens, block))
+    values = draw_normal(RNG, (2, 2, tokens, 2, 8))
+    halves = [encode(np.ascontiguousarray(values[:, :, part])) for part in (slice(0, 6), slice(6, tokens))]
+    sections = [
+        LosslessSection(memoryview(halves[0]), 2, 0, 2, 6, 2, 0),
+        LosslessSection(memoryview(halves[1]), 2, 0, 2, tokens - 6, 2, 0, token_begin=6),
+    ]
+    pieces = [piece for section in sections for piece in plan_pieces([section], 1 << 20)]
+    decoder.decode(target, pieces, after=decoder.mark_current()).result()
+    found = bits_of(pages[:, :, blocks].flatten(2, 3))
+    assert np.array_equal(found, values)
+    assert not bits_of(pages[:, :, [2, 4, 6]]).any()
+
+
 def test_what_the_cpu_decoded_is_copied_where_it_belongs(decoder: DeviceDecoder) -> None:
     out = room_for(2)
     values = decoder.staging((1, 1, *SHAPE[2:]), torch.bfloat16).fill_(3)
@@ -105,7 +128,7 @@ def test_more_than_the_budget_goes_in_several_batches(device: Device) -> None:
     payloads, out = [encode(one) for one in values], room_for(7, shape)
     with DeviceDecoder(device.library, MEMORY, SMALLEST_BUDGET) as decoder:
         pieces = plan(payloads, shape)
-        assert sum(piece.length for piece in pieces) > SLOTS * decoder.largest > SLOTS * pieces[0].length
+        assert sum(piece.data_bytes for piece in pieces) > SLOTS * decoder.largest > SLOTS * pieces[0].data_bytes
         decoder.decode(target_of(out), pieces, after=decoder.mark_current()).result()
     assert np.array_equal(bits_of(out), np.concatenate(values))
 
@@ -187,7 +210,7 @@ def test_a_request_ends_when_its_last_part_has_ended_though_it_failed_before() -
     waiting.add(request)
     piece = request.parts[0]
     assert piece is not None
-    taken = waiting.take(Room(2 * piece.length, CONTROL_BYTES))
+    taken = waiting.take(Room(2 * piece.data_bytes, CONTROL_BYTES))
     assert len(taken) == 2
     request.end_part(DeviceError("failed"))
     assert not request.future.done()
@@ -210,7 +233,7 @@ def test_closing_fails_what_waits() -> None:
 
 
 def make_request(pieces: int = 1) -> Request:
-    one = Piece(0, 160, np.zeros(2, np.uint8))
+    one = Piece((Run(0, 160),), np.zeros(2, LOSSLESS_JOB), LosslessWork())
     return Request(target_of(torch.zeros(SHAPE, dtype=torch.bfloat16)), [one] * pieces, (), None)
 
 

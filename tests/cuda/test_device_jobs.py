@@ -9,7 +9,8 @@ import pytest
 from codec.sections import draw_normal, draw_random
 
 from kvstore_s3.codec.base import Bits
-from kvstore_s3.codec.device.jobs import LosslessSection, find_target, plan_pieces, plan_section
+from kvstore_s3.codec.device.jobs import LosslessSection, plan_pieces, plan_section
+from kvstore_s3.codec.device.pieces import Piece, find_target, place_in, resolve
 from kvstore_s3.codec.lossless import LosslessCodec
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
 
@@ -45,6 +46,11 @@ def draw_payloads(count: int) -> list[bytes]:
     return [encode(draw_random(RNG, shape) if number % 2 else draw_normal(RNG, shape)) for number in range(count)]
 
 
+def bytes_of(piece: Piece) -> bytes:
+    (run,) = piece.runs
+    return ctypes.string_at(run.address, run.length)
+
+
 def streams_of(payload: bytes) -> list[bytes]:
     lengths = np.frombuffer(payload, "<u4", HEADS)
     ends = 4 * HEADS + np.cumsum(lengths)
@@ -56,8 +62,8 @@ def test_each_head_is_a_job_whose_bytes_are_its_stream() -> None:
     views = put_in_one_buffer(payloads)
     sections = [section_of(view, layer_begin=2 * number) for number, view in enumerate(views)]
     (piece,) = plan_pieces(reversed(sections), LARGE)
-    copied = ctypes.string_at(piece.address, piece.length)
-    found = [copied[int(job["stream"]) :][: int(job["length"])] for job in piece.jobs]
+    copied = bytes_of(piece)
+    found = [copied[int(job["stream"]) - place_in(0) :][: int(job["length"])] for job in piece.jobs]
     assert found == [stream for payload in payloads for stream in streams_of(payload)]
     assert piece.jobs["layer_begin"].tolist() == [2 * (number // HEADS) for number in range(4 * HEADS)]
     assert piece.jobs["head"].tolist() == list(range(HEADS)) * 4
@@ -69,7 +75,7 @@ def test_each_head_is_a_job_whose_bytes_are_its_stream() -> None:
 def test_only_the_wanted_heads_are_copied() -> None:
     payload = draw_payloads(1)[0]
     piece = plan_section(section_of(memoryview(payload), head_begin=1, heads=1))
-    assert ctypes.string_at(piece.address, piece.length) == streams_of(payload)[1]
+    assert bytes_of(piece) == streams_of(payload)[1]
     assert piece.jobs["head"].tolist() == [0]
 
 
@@ -83,7 +89,7 @@ def test_no_piece_is_larger_than_allowed() -> None:
     most = len(views[0]) + len(views[1]) + 32
     pieces = plan_pieces([section_of(view) for view in views], most)
     assert 3 <= len(pieces) < 6
-    assert max(piece.length for piece in pieces) <= most
+    assert max(piece.data_bytes for piece in pieces) <= most
 
 
 @pytest.mark.parametrize(
@@ -109,3 +115,11 @@ def test_a_target_names_each_layers_keys_and_values() -> None:
     target = find_target(values.ctypes.data, values.shape, strides, 2)
     assert target.planes.tolist() == [[values[layer, kind].ctypes.data for kind in range(2)] for layer in range(3)]
     assert (target.form.dim, target.form.token_stride, target.form.head_stride) == (8, 32, 8)
+
+
+def test_addresses_in_runs_become_those_on_the_device_and_others_stay() -> None:
+    addresses = np.array([[place_in(0), place_in(1, 7)], [4096, place_in(2, 1 << 40)], [0, place_in(0, 5)]], np.uint64)
+    resolve(addresses[:, 1], [100, 200, 300])
+    assert addresses.tolist() == [[place_in(0), 207], [4096, 300 + (1 << 40)], [0, 105]]
+    resolve(addresses, [100, 200, 300])
+    assert addresses[:, 0].tolist() == [100, 4096, 0]

@@ -90,13 +90,13 @@ async def test_streams_and_sinks_get_values_on_the_device(tmp_path: Path, decode
     async with opened(tmp_path) as store:
         await store.save(TOKENS, kv)
         hit = await store.lookup(TOKENS)
-        groups = [
-            group async for group in store.stream(hit, first_token=CHUNK, by_layer=True, sink=take, device=decoder)
-        ]
+        async for _ in store.stream(hit, by_layer=True, sink=take, device=decoder):
+            pass
+        groups = [group async for group in store.stream(hit, first_token=CHUNK, by_layer=True, device=decoder)]
     assert [group.layer_begin for group in groups] == [0, 2]
     assert all(group.kv.device.type == MEMORY.type for group in groups)
     assert same_bits(torch.cat([group.kv.cpu() for group in groups]), kv[:, :, CHUNK:WHOLE])
-    assert same_bits(given[:, :, : WHOLE - CHUNK], kv[:, :, CHUNK:WHOLE])
+    assert same_bits(given[:, :, :WHOLE], kv[:, :, :WHOLE])
 
 
 @pytest.mark.parametrize("layers", [(0, 4), (1, 3)], ids=["whole sections", "cut sections"])

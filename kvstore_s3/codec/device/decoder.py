@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_s3.codec.device.jobs import Form, Piece, Target
-from kvstore_s3.codec.device.library import LOSSLESS_JOB, Library, Pages
-from kvstore_s3.codec.device.requests import ALIGNMENT, Copy, Part, Request, Room, Waiting
+from kvstore_s3.codec.device.batch import CONTROL_BYTES, Slot, lay_out
+from kvstore_s3.codec.device.library import Library
+from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
+from kvstore_s3.codec.device.requests import Copy, Part, Request, Room, Waiting
 from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
 from kvstore_s3.errors import (
     BitstreamFault,
@@ -33,50 +34,13 @@ from kvstore_s3.errors import (
 
 SLOTS = 3
 """Batches under way at once: one is copied, one decoded, and one is being told of or queued."""
-CONTROL_BYTES = 1 << 20
-"""Of each slot, for jobs, planes and faults: some 25,000 jobs. As much again on the host, page-locked."""
 SMALLEST_BUDGET = SLOTS * 2 * CONTROL_BYTES
-
-_NOT_RUN = 0xFFFFFFFF
-"""The fault of a job that no kernel has come to."""
 
 LOSSLESS = 1
 """The codec that kernels decode."""
 
 _FAILURES = (RuntimeError, AssertionError, MemoryError)
 """What torch raises: AssertionError where it was built without CUDA."""
-
-
-class _HostBytes:
-    """Memory of this process for numpy, which nothing here will write to: a view may be of bytes."""
-
-    def __init__(self, address: int, length: int) -> None:
-        self.__array_interface__ = {"data": (address, False), "shape": (length,), "typestr": "|u1", "version": 3}
-
-
-class Slot:
-    """Staging memory of one batch, taken from torch's allocator when it is first needed."""
-
-    def __init__(self, device: torch.device, data_bytes: int, *, pin: bool) -> None:
-        self._shared = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
-        self._memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
-        self.control = self._shared.numpy()
-        self.control_address: int = self._memory.data_ptr()
-        self.data_address: int = self.control_address + CONTROL_BYTES
-
-    def bring(self, piece: Piece, at: int) -> None:
-        """Queue the copy of a piece to byte `at` of the slot's data."""
-        source = torch.from_numpy(np.asarray(_HostBytes(piece.address, piece.length)))
-        begin = CONTROL_BYTES + at
-        self._memory[begin : begin + piece.length].copy_(source, non_blocking=True)
-
-    def bring_control(self, size: int) -> None:
-        """Queue the copy of the first `size` bytes of `control` to the device."""
-        self._memory[:size].copy_(self._shared[:size], non_blocking=True)
-
-    def fetch_control(self, begin: int, end: int) -> None:
-        """Queue the copy of these bytes back into `control`."""
-        self._shared[begin:end].copy_(self._memory[begin:end], non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,40 +177,8 @@ class DeviceDecoder:
 
     def _queue(self, streams: Streams, slot: Slot, parts: list[Part]) -> Flight:
         batch = lay_out(parts, slot)
-        with streams.copying():
-            for piece, at in batch.places:
-                slot.bring(piece, at)
-            slot.bring_control(batch.faults.stop)
-        for request in {id(part.request): part.request for part in parts}.values():
-            streams.wait_for(request.after)
-        with streams.decoding():
-            for form, jobs in batch.launches:
-                self._launch(streams, slot, batch, form, jobs)
-            for part in parts:
-                if part.piece is None:
-                    for copy in part.request.copies:
-                        copy.to.copy_(copy.values, non_blocking=True)
-            slot.fetch_control(batch.faults.start, batch.faults.stop)
-            return Flight(batch.parts, slot, batch.faults, streams.mark_decoded())
-
-    def _launch(self, streams: Streams, slot: Slot, batch: Batch, form: Form, jobs: slice) -> None:
-        assert self._library is not None
-        pages = Pages(
-            slot.control_address + batch.planes_at,
-            form.block_table,
-            form.block_tokens,
-            form.dim,
-            form.block_stride,
-            form.token_stride,
-            form.head_stride,
-        )
-        self._library.lossless_decode(
-            slot.control_address + jobs.start * LOSSLESS_JOB.itemsize,
-            jobs.stop - jobs.start,
-            pages,
-            slot.control_address + batch.faults.start + 4 * jobs.start,
-            streams.decode_handle,
-        )
+        batch.queue(slot, streams, self._library)
+        return Flight(batch.parts, slot, batch.faults, streams.mark_decoded())
 
     def _land_all(self) -> None:
         while (flight := self._flights.get()) is not None:
@@ -265,62 +197,6 @@ class DeviceDecoder:
         self._free.put(flight.slot)
         for part, jobs in flight.parts:
             part.request.end_part(error or _fault_of(faults[jobs]))
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """How a batch lies in its slot. `control` is jobs, planes, faults."""
-
-    parts: list[tuple[Part, slice]]
-    """With the jobs of each."""
-    places: list[tuple[Piece, int]]
-    """Where in the data each piece goes."""
-    launches: list[tuple[Form, slice]]
-    """Jobs of one form are launched together."""
-    planes_at: int
-    faults: slice
-    """Bytes of the control."""
-
-
-def lay_out(parts: Sequence[Part], slot: Slot) -> Batch:
-    """Give all of `parts` their places, and write the slot's control."""
-    pieces = [(part, part.piece) for part in parts if part.piece is not None]
-    pieces.sort(key=lambda item: _order(item[0].request.target.form))
-    count = sum(len(piece.jobs) for _, piece in pieces)
-    requests = {id(part.request): part.request for part, _ in pieces}
-    planes_at = count * LOSSLESS_JOB.itemsize
-    layers = {}
-    planes = slot.control[planes_at:].view(np.uint64)
-    row = 0
-    for number, request in requests.items():
-        found = request.target.planes
-        planes[2 * row : 2 * (row + len(found))] = found.ravel()
-        layers[number] = row
-        row += len(found)
-    faults_at = planes_at + 16 * row
-    faults = slice(faults_at, faults_at + 4 * count)
-    slot.control[faults].view(np.uint32)[:] = _NOT_RUN
-    jobs: npt.NDArray[Any] = slot.control[:planes_at].view(LOSSLESS_JOB)
-    batch = Batch([(part, slice(0)) for part in parts if part.piece is None], [], [], planes_at, faults)
-    first = at = 0
-    for part, piece in pieces:
-        own = slice(first, first + len(piece.jobs))
-        jobs[own] = piece.jobs
-        jobs["stream"][own] += np.uint64(slot.data_address + at)
-        jobs["layer_begin"][own] += np.uint32(layers[id(part.request)])
-        batch.parts.append((part, own))
-        batch.places.append((piece, at))
-        form = part.request.target.form
-        if batch.launches and batch.launches[-1][0] == form:
-            batch.launches[-1] = (form, slice(batch.launches[-1][1].start, own.stop))
-        else:
-            batch.launches.append((form, own))
-        first, at = own.stop, at + -(-piece.length // ALIGNMENT) * ALIGNMENT
-    return batch
-
-
-def _order(form: Form) -> tuple[int, ...]:
-    return (form.block_table, form.block_tokens, form.block_stride, form.dim, form.token_stride, form.head_stride)
 
 
 def _fault_of(faults: npt.NDArray[np.uint32]) -> KVStoreError | None:

@@ -1,4 +1,4 @@
-"""From verified payloads to what the kernels are told: which bytes to copy, and one job for each head. Pure.
+"""From verified payloads of codec 1 to what the kernels are told: which bytes to copy, and one job for each head. Pure.
 
 Sizes come from the layout; the payload's own table of lengths is checked as the CPU decoder does it
 (csrc/cpu/lossless_decode.cpp). What lies inside a stream is for the kernel to check.
@@ -7,24 +7,38 @@ Sizes come from the layout; the payload's own table of lengths is checked as the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore_s3.codec.device.library import LOSSLESS_JOB
+from kvstore_s3.codec.device.library import LOSSLESS_JOB, Library, Pages
+from kvstore_s3.codec.device.pieces import Jobs, Piece, Places, Run, Scratch, address_of, place_in
 from kvstore_s3.errors import BitstreamFault, DamagedObjectError
-
-Jobs = npt.NDArray[np.void]
-"""`LOSSLESS_JOB` items, whose `stream` counts from the first byte that is copied and whose `layer_begin` from the
-target's first layer."""
 
 MAX_JOBS = 4096
 """Most jobs of one piece, unless it is one section."""
 
 _MAX_GAP = 4096
 """Bytes between two sections' streams that are copied along: the padding of one, and the other's table of lengths."""
+
+
+@dataclass(frozen=True, slots=True)
+class LosslessWork:
+    """Jobs are `LOSSLESS_JOB`."""
+
+    def addresses(self, jobs: Jobs) -> npt.NDArray[np.uint64]:
+        found: npt.NDArray[np.uint64] = jobs["stream"]
+        return found
+
+    def move_scratch(self, jobs: Jobs, by: Scratch) -> None:
+        """They need none."""
+
+    def launch(
+        self, library: Library, pieces: Sequence[Piece], pages: Pages, places: Places, faults: int, stream: int
+    ) -> None:
+        count = sum(len(piece.jobs) for piece in pieces)
+        library.lossless_decode(places.jobs, count, pages, faults, stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,55 +61,13 @@ class LosslessSection:
     token_begin: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes that are copied to the device in one go, and the jobs that read them there."""
-
-    address: int
-    """Of the first byte, in this process's memory."""
-    length: int
-    jobs: Jobs
-
-    @property
-    def end(self) -> int:
-        return self.address + self.length
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How pages lie, but for the addresses of their planes. Strides in elements; see `KvsPages` in api.h."""
-
-    dim: int
-    token_stride: int
-    head_stride: int
-    block_table: int = 0
-    block_tokens: int = 0
-    block_stride: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where values go in the device's memory: addresses of each layer's K and V, [layers, 2], and their form."""
-
-    planes: npt.NDArray[np.uint64]
-    form: Form
-
-
-def find_target(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Target:
-    """The target that is a tensor [layers, 2, tokens, heads, dim] at `address`, strides in elements, dim contiguous."""
-    layers, kinds, _, _, dim = shape
-    assert strides[4] == 1
-    first = np.arange(layers, dtype=np.int64)[:, None] * strides[0] + np.arange(kinds, dtype=np.int64) * strides[1]
-    return Target((address + first * itemsize).astype(np.uint64), Form(dim, strides[2], strides[3]))
-
-
 def plan_pieces(sections: Iterable[LosslessSection], most: int) -> list[Piece]:
     """What to copy for `sections` of one buffer, and their jobs; neighbours go together, up to `most` bytes.
 
     Raises `DamagedObjectError` where a payload's table of lengths is not one.
     """
     pieces: list[Piece] = []
-    for piece in sorted(map(plan_section, sections), key=lambda piece: piece.address):
+    for piece in sorted(map(plan_section, sections), key=lambda piece: piece.runs[0].address):
         joined = _join(pieces[-1], piece, most) if pieces else None
         if joined is None:
             pieces.append(piece)
@@ -105,12 +77,12 @@ def plan_pieces(sections: Iterable[LosslessSection], most: int) -> list[Piece]:
 
 
 def plan_section(section: LosslessSection) -> Piece:
-    """The streams of the wanted heads. Raises `DamagedObjectError`."""
+    """The streams of the wanted heads, one run. Raises `DamagedObjectError`."""
     begins, ends = _find_streams(section.payload, section.section_heads)
     wanted = slice(section.head_begin, section.head_begin + section.heads)
     first, last = int(begins[section.head_begin]), int(ends[wanted][-1])
     jobs = np.zeros(section.heads, LOSSLESS_JOB)
-    jobs["stream"] = begins[wanted] - first
+    jobs["stream"] = (begins[wanted] - first).astype(np.uint64) + np.uint64(place_in(0))
     jobs["length"] = ends[wanted] - begins[wanted]
     jobs["tokens"] = section.tokens
     jobs["token_begin"] = section.token_begin
@@ -119,7 +91,7 @@ def plan_section(section: LosslessSection) -> Piece:
     jobs["kind_begin"] = section.kind_begin
     jobs["kinds"] = section.kinds
     jobs["head"] = np.arange(section.heads)
-    return Piece(_address_of(section.payload) + first, last - first, jobs)
+    return Piece((Run(address_of(section.payload) + first, last - first),), jobs, LosslessWork())
 
 
 def _find_streams(payload: memoryview, heads: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -144,16 +116,12 @@ def _refuse(code: BitstreamFault, why: str, payload: memoryview) -> DamagedObjec
 
 def _join(one: Piece, other: Piece, most: int) -> Piece | None:
     """Both as one; None where they are too far apart, too large together, or not aligned to each other."""
-    offset = other.address - one.address
-    if not one.length <= offset <= one.length + _MAX_GAP or offset % 4:
+    (first,), (second,) = one.runs, other.runs
+    offset = second.address - first.address
+    if not first.length <= offset <= first.length + _MAX_GAP or offset % 4:
         return None
-    if offset + other.length > most or len(one.jobs) + len(other.jobs) > MAX_JOBS:
+    if offset + second.length > most or len(one.jobs) + len(other.jobs) > MAX_JOBS:
         return None
     moved = other.jobs.copy()
     moved["stream"] += np.uint64(offset)
-    return Piece(one.address, offset + other.length, np.concatenate([one.jobs, moved]))
-
-
-def _address_of(view: memoryview) -> int:
-    where: dict[str, Any] = np.frombuffer(view, np.uint8).__array_interface__
-    return int(where["data"][0])
+    return replace(one, runs=(Run(first.address, offset + second.length),), jobs=np.concatenate([one.jobs, moved]))

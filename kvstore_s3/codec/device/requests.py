@@ -10,16 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore_s3.codec.device.jobs import Piece, Target
-from kvstore_s3.codec.device.library import LOSSLESS_JOB
+from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.errors import KVStoreError, StoreUnavailableError
-
-ALIGNMENT = 16
-"""Of each piece in the device's memory, in bytes."""
-
-_JOB_BYTES = LOSSLESS_JOB.itemsize + 4
-"""A job and its fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +72,8 @@ class Part:
 class Room:
     """What still fits into one batch: bytes of streams, and of jobs, their faults and the planes of targets."""
 
-    def __init__(self, data_bytes: int, control_bytes: int) -> None:
-        self._data, self._control = data_bytes, control_bytes
+    def __init__(self, data_bytes: int, control: int) -> None:
+        self._data, self._control = data_bytes, control - 2 * ALIGNMENT
         self._requests: set[int] = set()
 
     def take(self, part: Part) -> bool:
@@ -88,8 +81,8 @@ class Room:
         piece = part.piece
         if piece is None:
             return True
-        data = -(-piece.length // ALIGNMENT) * ALIGNMENT
-        control = len(piece.jobs) * _JOB_BYTES
+        data = piece.data_bytes
+        control = control_bytes(piece)
         if id(part.request) not in self._requests:
             control += part.request.target.planes.nbytes
         if data > self._data or control > self._control:
@@ -98,6 +91,11 @@ class Room:
         self._control -= control
         self._requests.add(id(part.request))
         return True
+
+
+def control_bytes(piece: Piece) -> int:
+    """Bytes of jobs and their faults, and of gaps between kinds of them."""
+    return piece.jobs.nbytes + 4 * len(piece.jobs) + 2 * ALIGNMENT
 
 
 class Waiting:
