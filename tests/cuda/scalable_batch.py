@@ -20,28 +20,11 @@ from kvstore_s3.codec.device.scalable_calls import (
     ScalableSection,
     ScalableTotals,
     ScalableUnit,
+    join_totals,
 )
 from kvstore_s3.codec.rotation import STYLES, Rotation
 from kvstore_s3.codec.tables import uncalibrated_tables
 from kvstore_s3.layout import DTYPES
-
-JOB = np.dtype(
-    [
-        ("addresses", np.uint64, 17),
-        ("numbers", np.uint64),
-        ("order", np.uint64),
-        ("counts", np.uint32, 6),
-        ("coded", np.uint32, 3),
-        ("tokens", np.uint32),
-        ("places", np.uint32, 7),
-        ("layers", np.uint16),
-        ("pairs", np.uint16),
-        ("levels", np.uint8),
-        ("others", np.uint8, 11),
-        ("factors", np.uint32, 3),
-    ]
-)
-"""`KvsScalableJob`, as far as tests look into it."""
 
 CANARY = 0xA5
 BLOCK_TOKENS = 8
@@ -145,11 +128,16 @@ class Batch:
         shape: tuple[int, int, int, int],
         *,
         paged: bool = True,
+        apart: bool = False,
     ) -> Decoded:
-        """`shape`: layers, tokens, heads of the pages, and the layer that they begin with."""
+        """`shape`: layers, tokens, heads of the pages, and the layer that they begin with.
+
+        `apart`: each section is parsed by itself.
+        """
         layers, tokens, heads, layer_base = shape
         pool = Pool(self.device, (layers, tokens, heads, self.dim), DTYPES[self.dtype].itemsize, paged=paged)
-        parsed = self.calls.parse([self.describe(given, layer_base) for given in sections])
+        described = [self.describe(given, layer_base) for given in sections]
+        parsed = join([self.calls.parse([one]) for one in described]) if apart else self.calls.parse(described)
         numbers = self.device.put(np.full(max(parsed.totals.numbers, 1), -21931, np.int16))
         order = self.device.put(np.full(max(parsed.totals.order, 1), 0xA5A5A5A5, np.uint32))
         verdicts = self.device.put(np.full(max(parsed.totals.jobs, 1), 77, np.uint32))
@@ -165,7 +153,7 @@ class Batch:
     def run(
         self,
         totals: ScalableTotals,
-        jobs: npt.NDArray[np.uint8],
+        jobs: npt.NDArray[np.void],
         pool: Pool,
         numbers: Buffer,
         order: Buffer,
@@ -259,9 +247,21 @@ class Batch:
             section.cosines, section.sines = self.put(cosines), self.put(sines)
 
 
+def join(parts: Sequence[ScalableJobs]) -> ScalableJobs:
+    """One batch of several."""
+    totals = join_totals([part.totals for part in parts])
+    jobs = [part.jobs.copy() for part in parts]
+    for index, part in enumerate(parts):
+        for later in jobs[index + 1 :]:
+            later["numbers"] += np.uint64(part.totals.numbers)
+            later["order"] += np.uint64(part.totals.order)
+    first_jobs = np.cumsum([0, *(part.totals.jobs for part in parts)]).astype(np.uint32)
+    return ScalableJobs(np.concatenate(jobs), totals, first_jobs, np.concatenate([part.faults for part in parts]))
+
+
 def numbers_of(decoded: Decoded, job: int) -> Iterator[tuple[int, npt.NDArray[np.int16]]]:
     """(component, its numbers [tokens]) of a job, in coding order."""
-    fields = decoded.jobs.jobs[job].view(JOB)[0]
+    fields = decoded.jobs.jobs[job]
     tokens, first = int(fields["tokens"]), int(fields["numbers"])
     for c in range(fields["coded"][fields["levels"] - 1]):
         begin = first + c // 32 * 32 * tokens + c % 32

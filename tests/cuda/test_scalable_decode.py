@@ -3,6 +3,7 @@ within a bound, the same verdict on damaged bytes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,51 @@ def test_values_are_those_of_the_host(device: Device, mode: str, levels: int) ->
     if mode in EXACT_MODES:
         assert np.array_equal(decoded.values, expected)
     assert_close(decoded.values, expected)
+
+
+@pytest.mark.parametrize("mode", ["head", "group"])
+def test_matrices_of_floats_decode_as_those_of_half_floats(device: Device, mode: str) -> None:
+    calibration = CALIBRATIONS[mode]
+    units = {
+        place: dataclasses.replace(unit, synthesis=unit.synthesis.astype(np.float32))
+        for place, unit in calibration.units.items()
+        if unit.synthesis is not None
+    }
+    floats = dataclasses.replace(calibration, units=units)
+    kv = values_of(14)
+    payloads = encode(kv, floats)
+    decoded = decode(device, kv, floats, whole(payloads))
+    assert decoded.faults == [0]
+    assert_close(decoded.values, decode_on_host(payloads, kv, floats))
+
+
+@pytest.mark.parametrize(
+    ("span", "dim", "tokens"), [("group", 7, 33), ("group", 130, 66), ("head", 7, 17), ("all", 5, 65)]
+)
+def test_odd_shapes_and_more_than_one_tile_decode(device: Device, span: str, dim: int, tokens: int) -> None:
+    layout = KVLayout(1, 1, dim, "bfloat16")
+    rotation = Rotation.from_layout(layout)
+
+    def sample(seed: int) -> torch.Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        scales = torch.logspace(0.5, -1.5, dim)
+        return (torch.randn(1, 2, max(tokens, 40), 1, dim, generator=rng) * scales).to(torch.bfloat16)
+
+    calibration = make_calibration(layout, span, sample)
+    kv = sample(5)[:, :, :tokens].contiguous()
+    coded = encode_scalable(
+        view_bits(kv), "bfloat16", layer_begin=0, first_position=256, calibration=calibration, rotation=rotation
+    )
+    assert coded[0][0] == SCALABLE
+    out = torch.zeros_like(kv)
+    options = {"layer_begin": 0, "head_begin": 0, "section_heads": 1, "first_position": 256}
+    payloads = [(codec_id, memoryview(payload)) for codec_id, payload in coded]
+    decode_scalable(payloads, view_bits(out), "bfloat16", calibration=calibration, **options)
+    batch = Batch(device, dim, "bfloat16", calibration)
+    decoded = batch.decode([Given([payload for _, payload in coded], (0, 1), 1, tokens)], (1, tokens, 1, 0))
+    assert decoded.faults == [0]
+    assert decoded.elsewhere_untouched
+    assert_close(decoded.values, view_bits(out))
 
 
 def components_on_host(payloads: Sequence[bytes], stream: int, calibration: Calibration | None) -> np.ndarray:
@@ -310,3 +356,13 @@ def test_streams_that_a_gpu_cannot_address_are_left_to_the_host(device: Device) 
         decoded = decode(device, values_of(12), None, whole(payloads, skew=skew))
         assert decoded.faults == [FOR_HOST]
         assert decoded.jobs.totals.jobs == 0
+
+
+def test_batches_that_were_parsed_apart_decode_in_one_call(device: Device) -> None:
+    chunks = [values_of(seed) for seed in (21, 22)]
+    batch = Batch(device, DIM, "bfloat16", None)
+    given = [whole(encode(kv, None), token_begin=TOKENS * number) for number, kv in enumerate(chunks)]
+    decoded = batch.decode(given, (LAYERS, 2 * TOKENS, HEADS, 0), apart=True)
+    assert decoded.faults == [0, 0]
+    expected = [decode_on_host(one.payloads, kv, None) for one, kv in zip(given, chunks, strict=True)]
+    assert np.array_equal(decoded.values, np.concatenate(expected, axis=2))

@@ -22,6 +22,32 @@ FOR_HOST = 255
 Octets = npt.NDArray[np.uint8]
 
 
+SCALABLE_JOB = np.dtype(
+    [
+        ("addresses", np.uint64, 17),
+        ("numbers", np.uint64),
+        ("order", np.uint64),
+        ("word_counts", np.uint32, 3),
+        ("escape_count", np.uint32),
+        ("exact_count", np.uint32),
+        ("components", np.uint32),
+        ("coded", np.uint32, 3),
+        *((name, np.uint32) for name in ("tokens", "token_begin", "layer_begin", "head", "dim")),
+        *((name, np.uint32) for name in ("heads", "want_begin", "want_end")),
+        ("layers", np.uint16),
+        ("pairs", np.uint16),
+        *((name, np.uint8) for name in ("levels", "object_levels", "span", "style", "calibrated", "matrix_bytes")),
+        ("first", np.uint8, 3),
+        ("reserved", np.uint8, 3),
+        ("shrink", np.float32),
+        ("grow", np.float32),
+        ("reserved_too", np.uint32),
+    ],
+    align=True,
+)
+"""`KvsScalableJob`. All of its device addresses are in `addresses`; `numbers` and `order` are places in the scratch."""
+
+
 class ScalableUnit(ctypes.Structure):
     """`KvsScalableUnit`: what one calibrated stream is decoded with. `host_classes` is the host's, all else the
     device's."""
@@ -93,12 +119,26 @@ class ScalableTotals(ctypes.Structure):
     )
 
 
+def join_totals(all_totals: Sequence[ScalableTotals]) -> ScalableTotals:
+    """Of the jobs of several `parse` calls, for one call of `decode`. They share a table set.
+
+    The caller adds to `numbers` and `order` of each part's jobs what the parts before it need of the scratch.
+    """
+    joined = ScalableTotals()
+    for totals in all_totals:
+        for name in ("numbers", "order", "jobs", "narrow", "wide", "wide_float"):
+            setattr(joined, name, getattr(joined, name) + getattr(totals, name))
+        for name in ("tokens", "planes", "components", "dim", "classes_end", "first_class", "tables"):
+            setattr(joined, name, max(getattr(joined, name), getattr(totals, name)))
+    return joined
+
+
 @dataclass(frozen=True, slots=True)
 class ScalableJobs:
-    """What `parse` made of a batch: `jobs` uint8 [jobs, bytes of one] for the device; section i has the jobs
+    """What `parse` made of a batch: `jobs` are `SCALABLE_JOB`, for the device; section i has the jobs
     `first_jobs[i]` to `first_jobs[i + 1]`, and the verdict `faults[i]`: 0, a `BitstreamFault`, or `FOR_HOST`."""
 
-    jobs: Octets
+    jobs: npt.NDArray[np.void]
     totals: ScalableTotals
     first_jobs: npt.NDArray[np.uint32]
     faults: npt.NDArray[np.uint32]
@@ -114,11 +154,11 @@ class ScalableCalls:
         self._calls = ctypes.CDLL(str(library.path))
         self._calls.kvs_scalable_struct_bytes.restype = ctypes.c_size_t
         self._calls.kvs_scalable_tables_bytes.restype = ctypes.c_size_t
-        self._job_bytes = int(self._calls.kvs_scalable_struct_bytes(0))
-        for which, ours in enumerate((ScalableSection, ScalableUnit, ScalableHeader, ScalableTotals), start=1):
-            if (theirs := self._calls.kvs_scalable_struct_bytes(which)) != ctypes.sizeof(ours):
-                found = f"{ours.__name__} has {theirs} bytes in {library.path}, {ctypes.sizeof(ours)} here"
-                raise DeviceError(f"{found}; build the library again")
+        structs = (ScalableSection, ScalableUnit, ScalableHeader, ScalableTotals)
+        ours = [SCALABLE_JOB.itemsize, *map(ctypes.sizeof, structs)]
+        theirs = [self._calls.kvs_scalable_struct_bytes(which) for which in range(len(ours))]
+        if ours != theirs:
+            raise DeviceError(f"structs have {theirs} bytes in {library.path}, {ours} here; build the library again")
 
     def pack_tables(self, tables: TableSet) -> Octets:
         """The bytes of a table set for the device: to be put at a multiple of 16. The set has been checked."""
@@ -144,7 +184,7 @@ class ScalableCalls:
         count = len(sections)
         batch = (ScalableSection * count)(*sections)
         room = sum(section.head_end - section.head_begin for section in sections)
-        jobs = np.zeros((room, self._job_bytes), np.uint8)
+        jobs = np.zeros(room, SCALABLE_JOB)
         first_jobs, faults = np.zeros(count + 1, np.uint32), np.zeros(count, np.uint32)
         totals = ScalableTotals()
         refused = self._calls.kvs_scalable_parse(
