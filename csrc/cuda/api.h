@@ -61,8 +61,8 @@ struct KvsLosslessEncodeJob {
   std::uint32_t reserved;  // 0
 };
 
-// Bytes of scratch for a head of layers * kinds * dim components: what its values take, 2 for each component, and some
-// 1,000 more. Host.
+// Bytes of scratch for a head of layers * kinds * dim components: what its values take, 2 for each component, and at
+// most 208 more. Host.
 KVS_EXPORT std::uint64_t kvs_lossless_encode_scratch(std::uint64_t components, std::uint64_t tokens);
 
 // Encodes bf16 heads from pages: the bytes of the host's encoder. `lengths` [count] gets the bytes of each job's
