@@ -14,10 +14,10 @@ KVS_DEVICE Value load_constant(const Value* from) {
   return __ldg(from);
 }
 
-// What this kernel does not read again.
 template <typename Value>
-KVS_DEVICE void store_away(Value* to, Value value) {
-  __stcg(to, value);
+KVS_DEVICE void store_value(Value* to, Value value) {
+  __builtin_assume(__isGlobal(to));
+  *to = value;
 }
 
 #else
@@ -28,7 +28,7 @@ Value load_constant(const Value* from) {
 }
 
 template <typename Value>
-void store_away(Value* to, Value value) {
+void store_value(Value* to, Value value) {
   *to = value;
 }
 

@@ -96,6 +96,14 @@ inline int count_multiprocessors(std::uint32_t* count) {
 // What kvs_limit_multiprocessors was told; 0: no limit.
 inline std::atomic<std::uint32_t> most_multiprocessors = 0;
 
+// A number that stays in a register: without this, compilers compute it again where it is used.
+KVS_DEVICE std::uint32_t keep(std::uint32_t number) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 // How many multiprocessors a persistent grid may fill. Answers 0 or a cudaError_t.
 inline int allow_multiprocessors(std::uint32_t* count) {
   const int error = count_multiprocessors(count);

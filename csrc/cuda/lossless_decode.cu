@@ -19,15 +19,13 @@ namespace {
 
 // What a lane knows of the component that it decodes.
 struct LaneClass {
-  std::int32_t first_slot;  // of its table: -65536 to -4096, a multiple of 4096
-  std::uint32_t entries;    // index of its table's entries
-  std::uint32_t base;       // class_base
+  std::uint32_t slots, entries;  // of its table
+  std::uint32_t base;            // class_base, with bit 5 set, which assemble_value ignores
 
-  KVS_DEVICE explicit LaneClass(std::uint32_t packed)
-      : first_slot(static_cast<std::int32_t>((packed & 15) * kSlots) -
-                   static_cast<std::int32_t>(DecodeTables::kAllSlots)),
-        entries((packed & 15) * DecodeTables::kStride),
-        base(class_base(packed >> kClassBits, packed >> 4 & 1)) {}
+  KVS_DEVICE LaneClass(const DecodeTables& tables, std::uint32_t packed)
+      : slots(keep(tables.slots_of(packed & 15))),
+        entries(keep(tables.entries_of(packed & 15))),
+        base(keep(class_base(packed >> kClassBits, packed >> 4 & 1) | 32)) {}
 
   // Whether no step leads below the exponent 0: values then need no modulo.
   KVS_DEVICE bool plain() const { return (base >> 7 & 255) >= 15; }
@@ -40,109 +38,112 @@ struct Popped {
   KVS_DEVICE bool escapes() const { return (entry & DecodeTables::kEscape) != 0; }
 };
 
-KVS_DEVICE Popped pop(const DecodeTables& tables, const LaneClass& lane, std::uint32_t state) {
-  const std::int32_t slot = static_cast<std::int32_t>(slot_of(state)) | lane.first_slot;
-  const std::uint32_t symbol = tables.slots[slot + static_cast<std::int32_t>(DecodeTables::kAllSlots)];
-  const std::uint32_t entry = tables.entries[lane.entries + symbol];
-  const std::uint32_t popped = DecodeTables::frequency(entry) * (state >> kSlotBits) +
-                               static_cast<std::uint32_t>(slot) + DecodeTables::back(entry);
+KVS_DEVICE Popped pop(const LaneClass& lane, std::uint32_t state) {
+  const std::uint32_t slot = slot_of(state) | lane.slots;
+  const std::uint32_t symbol = load_shared_8(slot + DecodeTables::kBack);
+  const std::uint32_t entry = load_shared_32(lane.entries + 4 * symbol);
+  const std::uint32_t popped =
+      DecodeTables::frequency(entry) * (state >> kSlotBits) + (slot + DecodeTables::lacks(entry));
   return {popped, symbol, entry};
 }
 
+// The bits of `a` where `mask` has ones, the others of `b`: one instruction, if the compiler is told.
+KVS_DEVICE std::uint32_t choose_bits(std::uint32_t mask, std::uint32_t a, std::uint32_t b) {
+#ifdef __CUDACC__
+  std::uint32_t chosen;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(chosen) : "r"(mask), "r"(a), "r"(b));
+  return chosen;
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
 // The value in bits 0-15 (others may be set), of a class that is plain. Bit 5 of the sum is there for the
-// symbol's sign to be subtracted from.
+// symbol's sign to be subtracted from; the last line takes bits 0-5 from `low` and the others from the sum.
 KVS_DEVICE std::uint32_t plain_value(std::uint32_t base, std::uint32_t symbol, std::uint32_t low) {
   const std::uint32_t coded = (base | 32) + symbol * (0x8000 - 32);
-  return (coded & ~63u) | (low & 63);
+  return choose_bits(63, low, coded);
 }
 
 KVS_DEVICE std::uint32_t any_value(std::uint32_t base, std::uint32_t symbol, std::uint32_t low) {
   return assemble_value(base, (symbol / 2 | symbol % 2 << 5) << 24, low);
 }
 
-// One lane's part of four whole rows of stored bits, asked for before they are needed.
-class LowBits {
- public:
-  static constexpr std::uint32_t kRows = WordQueue::kMost;
-
-  // `rows` of the stream: the two bytes before them may be read, and those behind them, which are classes.
-  KVS_DEVICE explicit LowBits(const std::uint8_t* rows) {
-    const std::uint32_t skew = reinterpret_cast<std::uintptr_t>(rows) % 4;
-    const std::uint32_t bit = 8 * skew + kLowBits * simt::lane();
-    offset_ = static_cast<std::int32_t>(bit / 32 * 4) - static_cast<std::int32_t>(skew);
-    shift_ = bit % 32;
-  }
-
-  KVS_DEVICE void ask(const std::uint8_t* row) {
-    const auto* from = reinterpret_cast<const std::uint32_t*>(row + offset_);
-    KVS_UNROLL for (std::uint32_t i = 0; i < kRows; ++i) {
-      first_[i] = load_constant(from + 6 * i);
-      second_[i] = shift_ > 32 - kLowBits ? load_constant(from + 6 * i + 1) : 0;
-    }
-  }
-
-  // The lane's number in bits 0-5, others above.
-  KVS_DEVICE std::uint32_t at(std::uint32_t row) const {
-    return static_cast<std::uint32_t>((std::uint64_t{second_[row]} << 32 | first_[row]) >> shift_);
-  }
-
- private:
-  std::int32_t offset_;
-  std::uint32_t shift_;
-  std::uint32_t first_[kRows], second_[kRows];
-};
-
-// The rows of a stream, front to back.
+// The stored bits, row by row: four whole rows at once, asked for four rows ahead, or one of any kind.
 class Rows {
  public:
-  // `whole`: rows of 32 lanes, those of partial blocks come behind them.
-  KVS_DEVICE Rows(const std::uint8_t* rows, std::uint32_t whole) : row_(rows), whole_(whole), ahead_(rows) {}
+  static constexpr std::uint32_t kAtOnce = WordQueue::kRows;
 
-  // The next four, which must be whole.
-  KVS_DEVICE void take_four(std::uint32_t (&low)[LowBits::kRows]) {
-    if (asked_ != whole_) ahead_.ask(row_);
-    KVS_UNROLL for (std::uint32_t i = 0; i < LowBits::kRows; ++i) low[i] = ahead_.at(i);
-    row_ += LowBits::kRows * kWholeRow;
-    whole_ -= LowBits::kRows;
-    if (whole_ >= LowBits::kRows) {
-      ahead_.ask(row_);
-      asked_ = whole_;
+  // They begin at byte `rows` of a stream: `whole` of 32 lanes, then those of a partial block. Where there
+  // are whole ones, the two bytes before them (of a word or a state) and the eight behind them (of classes)
+  // may be read.
+  KVS_DEVICE Rows(const std::uint8_t* stream, std::uint32_t rows, std::uint32_t whole)
+      : stream_(stream), rows_(rows), last_(whole < kAtOnce ? 0 : (whole - kAtOnce) * kWholeRow) {
+    const std::uint32_t skew = reinterpret_cast<std::uintptr_t>(stream + rows) % 4;
+    const std::uint32_t bit = 8 * skew + kLowBits * simt::lane();
+    first_at_ = keep(rows - skew + bit / 32 * 4);
+    shift_ = keep(bit % 32);
+  }
+
+  // Before take_four, where anything else has been taken.
+  KVS_DEVICE void prepare() {
+    if (asked_ != at_) ask(at_);
+  }
+
+  // The lane's numbers of the next four rows, which must be whole, in bits 0-5; there are others above.
+  KVS_DEVICE void take_four(std::uint32_t (&low)[kAtOnce]) {
+    KVS_UNROLL for (std::uint32_t i = 0; i < kAtOnce; ++i) {
+      low[i] = static_cast<std::uint32_t>((std::uint64_t{second_[i]} << 32 | first_[i]) >> shift_);
     }
+    at_ += kAtOnce * kWholeRow;
+    ask(at_ < last_ ? at_ : last_);
   }
 
   // The lane's number of the next row, which has `lanes`.
   KVS_DEVICE std::uint32_t take_one(std::uint32_t lanes) {
+    const std::uint8_t* row = stream_ + (rows_ + at_);
     const std::uint32_t bit = kLowBits * simt::lane();
     std::uint32_t low = 0;
     if (simt::lane() < lanes) {
-      low = load_constant(row_ + bit / 8);
-      if (bit % 8 > 8 - kLowBits) low |= std::uint32_t{load_constant(row_ + bit / 8 + 1)} << 8;
+      low = load_constant(row + bit / 8);
+      if (bit % 8 > 8 - kLowBits) low |= std::uint32_t{load_constant(row + bit / 8 + 1)} << 8;
     }
-    row_ += bytes_of_row(lanes);
-    whole_ -= lanes == kLanes;
+    at_ += bytes_of_row(lanes);
     return low >> bit % 8 & 63;
   }
 
  private:
   static constexpr std::uint32_t kWholeRow = 24;
 
-  const std::uint8_t* row_;
-  std::uint32_t whole_;      // left
-  std::uint32_t asked_ = 0;  // `whole_` when `ahead_` is what comes next; none is asked for before 0 rows
-  LowBits ahead_;
+  KVS_DEVICE void ask(std::uint32_t at) {
+    const auto* from = reinterpret_cast<const std::uint32_t*>(stream_ + (first_at_ + at));
+    KVS_UNROLL for (std::uint32_t i = 0; i < kAtOnce; ++i) {
+      first_[i] = load_constant(from + kWholeRow / 4 * i);
+      second_[i] = load_constant(from + kWholeRow / 4 * i + 1);
+    }
+    asked_ = at;
+  }
+
+  const std::uint8_t* stream_;
+  std::uint32_t rows_;
+  std::uint32_t first_at_,
+      shift_;  // where the lane's number of the first row begins: aligned 32 bits, and the bit
+  std::uint32_t at_ = 0, last_;  // bytes from rows_: the next row; the last four whole ones
+  std::uint32_t asked_ = ~0u;    // which rows these are of:
+  std::uint32_t first_[kAtOnce], second_[kAtOnce];
 };
 
 // A warp's stream while it is decoded.
 class HeadDecoder {
  public:
-  KVS_DEVICE HeadDecoder(const DecodeTables& tables, std::uint8_t* shared, const CodedParts& parts,
-                         std::uint32_t lanes, std::uint32_t whole_rows)
-      : tables_(tables),
-        words_(shared, parts.words, parts.word_count),
-        escapes_(parts.escapes, parts.escape_count),
-        rows_(parts.rows, whole_rows),
-        takes_part_(simt::lane() < lanes),
-        state_(takes_part_ ? load_two_words(parts.states + 4 * simt::lane()) : kStateMin) {}
+  // `queue`: the warp's, in shared memory.
+  KVS_DEVICE HeadDecoder(std::uint32_t queue, const CodedParts& parts, std::uint32_t lanes,
+                         std::uint32_t whole_rows)
+      : words_(queue, parts.stream, parts.words, parts.word_count),
+        escapes_(parts.stream, parts.escapes, parts.escape_count),
+        rows_(parts.stream, parts.rows, whole_rows),
+        state_(simt::lane() < lanes ? load_two_words(parts.stream + CodedParts::kStates + 4 * simt::lane())
+                                    : kStateMin) {}
 
   KVS_DEVICE bool bad_states() const { return simt::ballot(state_ < kStateMin || state_ >> 31) != 0; }
 
@@ -154,10 +155,12 @@ class HeadDecoder {
     while (!walk.ended()) {
       TokenRun run = walk.next();
       std::uint16_t* at = to + run.offset;
-      if (fast) {
-        for (; run.tokens >= LowBits::kRows; run.tokens -= LowBits::kRows) {
+      if (fast && run.tokens >= Rows::kAtOnce) {
+        rows_.prepare();
+        do {
           at = decode_four_rows(lane, at, pages.token_stride);
-        }
+          run.tokens -= Rows::kAtOnce;
+        } while (run.tokens >= Rows::kAtOnce);
       }
       for (; run.tokens > 0; --run.tokens, at += pages.token_stride) decode_row(lane, lanes, at);
     }
@@ -170,27 +173,27 @@ class HeadDecoder {
   }
 
  private:
-  // Escapes are rare: they are looked for once in four rows.
+  // Escapes are rare: they are looked for once in four rows. Answers where the next row goes.
   KVS_DEVICE std::uint16_t* decode_four_rows(const LaneClass& lane, std::uint16_t* to,
                                              std::int64_t token_stride) {
-    std::uint32_t values[LowBits::kRows], entries[LowBits::kRows];
+    std::uint32_t values[Rows::kAtOnce], entries[Rows::kAtOnce];
     rows_.take_four(values);
     words_.fill();
     std::uint32_t any = 0;
-    KVS_UNROLL for (std::uint32_t i = 0; i < LowBits::kRows; ++i) {
-      const Popped popped = pop(tables_, lane, state_);
+    KVS_UNROLL for (std::uint32_t i = 0; i < Rows::kAtOnce; ++i) {
+      const Popped popped = pop(lane, state_);
       state_ = words_.pull(popped.state, true);
       values[i] = plain_value(lane.base, popped.symbol, values[i]);
       entries[i] = popped.entry;
       any |= popped.entry;
     }
     if (simt::ballot((any & DecodeTables::kEscape) != 0) != 0) {
-      KVS_UNROLL for (std::uint32_t i = 0; i < LowBits::kRows; ++i) {
+      KVS_UNROLL for (std::uint32_t i = 0; i < Rows::kAtOnce; ++i) {
         values[i] = escapes_.take(values[i], (entries[i] & DecodeTables::kEscape) != 0);
       }
     }
-    KVS_UNROLL for (std::uint32_t i = 0; i < LowBits::kRows; ++i, to += token_stride) {
-      store_away(to, static_cast<std::uint16_t>(values[i]));
+    KVS_UNROLL for (std::uint32_t i = 0; i < Rows::kAtOnce; ++i, to += token_stride) {
+      store_value(to, static_cast<std::uint16_t>(values[i]));
     }
     return to;
   }
@@ -200,18 +203,16 @@ class HeadDecoder {
     const bool takes_part = simt::lane() < lanes;
     const std::uint32_t low = rows_.take_one(lanes);
     words_.fill();
-    Popped popped = pop(tables_, lane, state_);
+    Popped popped = pop(lane, state_);
     if (!takes_part) popped = {state_, 0, 0};
     state_ = words_.pull(popped.state, takes_part);
     const std::uint32_t value = escapes_.take(any_value(lane.base, popped.symbol, low), popped.escapes());
-    if (takes_part) store_away(to, static_cast<std::uint16_t>(value));
+    if (takes_part) store_value(to, static_cast<std::uint16_t>(value));
   }
 
-  const DecodeTables& tables_;
   WordQueue words_;
   EscapeBytes escapes_;
   Rows rows_;
-  bool takes_part_;
   std::uint32_t state_;
 };
 
@@ -227,29 +228,31 @@ struct LosslessDecode {
   KvsPages pages;
   std::uint32_t* faults;
 
+  // The warps' queues, then the tables; the first queue begins at a multiple of its size.
   static std::size_t shared_bytes(std::uint32_t threads) {
-    return DecodeTables::kBytes + threads / simt::kWarp * WordQueue::kBytes;
+    return WordQueue::kBytes - 1 + threads / simt::kWarp * WordQueue::kBytes + DecodeTables::kBytes;
   }
 
   KVS_DEVICE void operator()() const {
-    std::uint8_t* shared = simt::shared_memory();
-    const DecodeTables tables(shared);
+    const std::uint32_t queues =
+        (shared_address() + WordQueue::kBytes - 1) / WordQueue::kBytes * WordQueue::kBytes;
+    const DecodeTables tables(queues + simt::warps() * WordQueue::kBytes);
     tables.build();
-    std::uint8_t* words = shared + DecodeTables::kBytes + simt::warp() * WordQueue::kBytes;
+    const std::uint32_t queue = keep(queues + simt::warp() * WordQueue::kBytes);
     for (std::uint32_t i = simt::warp() * simt::blocks() + simt::block(); i < count;
          i += simt::warps() * simt::blocks()) {
-      const Fault fault = decode(tables, words, jobs[i]);
+      const Fault fault = decode(tables, queue, jobs[i]);
       if (simt::lane() == 0) faults[i] = static_cast<std::uint32_t>(fault);
     }
   }
 
  private:
-  KVS_DEVICE Fault decode(const DecodeTables& tables, std::uint8_t* words, const KvsLosslessJob& job) const {
+  KVS_DEVICE Fault decode(const DecodeTables& tables, std::uint32_t queue, const KvsLosslessJob& job) const {
     const auto* stream = reinterpret_cast<const std::uint8_t*>(job.stream);
     if (job.length < kRawHeader) return Fault::kBadPayload;
     const std::uint8_t mode = load_constant(stream);
     if (mode == kModeRaw) return copy_raw(stream, job);
-    if (mode == kModeCoded) return decode_coded(tables, words, stream, job);
+    if (mode == kModeCoded) return decode_coded(tables, queue, stream, job);
     return Fault::kBadPayload;
   }
 
@@ -275,24 +278,25 @@ struct LosslessDecode {
                                               std::uint32_t tokens) const {
     std::uint32_t token = simt::lane() / pages.dim, at = simt::lane() % pages.dim;
     for (std::uint32_t i = simt::lane(); token < tokens; i += simt::kWarp) {
-      store_away(to + token * pages.token_stride + at, load_constant(from + i));
+      store_value(to + token * pages.token_stride + at, load_constant(from + i));
       for (at += simt::kWarp; at >= pages.dim; at -= pages.dim) ++token;
     }
     return from + std::uint64_t{tokens} * pages.dim;
   }
 
-  KVS_DEVICE Fault decode_coded(const DecodeTables& tables, std::uint8_t* words, const std::uint8_t* stream,
+  KVS_DEVICE Fault decode_coded(const DecodeTables& tables, std::uint32_t queue, const std::uint8_t* stream,
                                 const KvsLosslessJob& job) const {
     const std::uint32_t components = job.layers * job.kinds * pages.dim;
-    CodedParts parts;
-    if (!parts.cut(stream, job.length, components, job.tokens)) return Fault::kBadPayload;
-    HeadDecoder decoder(tables, words, parts, components < kLanes ? components : kLanes,
+    CodedParts parts{};
+    parts.stream = stream;
+    if (!parts.cut(job.length, components, job.tokens)) return Fault::kBadPayload;
+    HeadDecoder decoder(queue, parts, components < kLanes ? components : kLanes,
                         components / kLanes * job.tokens);
     if (decoder.bad_states()) return Fault::kBadPayload;
     for (std::uint32_t begin = 0; begin < components; begin += kLanes) {
       const std::uint32_t lanes = components - begin < kLanes ? components - begin : kLanes;
       const std::uint32_t component = begin + (simt::lane() < lanes ? simt::lane() : 0);
-      const LaneClass lane(parts.read_class(component));
+      const LaneClass lane(tables, parts.read_class(component));
       std::uint16_t* to = find_plane(job, component / pages.dim) + component % pages.dim;
       decoder.decode_block(lane, lanes, to, pages, job.token_begin, job.token_begin + job.tokens);
       if (decoder.overdrawn()) return Fault::kBadPayload;
