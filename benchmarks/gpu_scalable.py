@@ -1,6 +1,6 @@
 """Decoding lossy sections on a GPU: with a calibration of span group (a KLT of 4 layers, K and V), and without one.
 
-The calibration is made up: a random orthonormal basis of all components of a head in a layer group, deviations that
+The calibration is made up: a drawn orthonormal basis of all components of a head in a layer group, deviations that
 fall by 2^-10 from the first to the last, as those of real KV do, and K rotated by its positions.
 """
 
@@ -67,7 +67,7 @@ def draw_lossy(model: Model, count: int, *, calibrated: bool) -> LossySections:
     rotation = Rotation.from_layout(layout)
     rng = np.random.Generator(np.random.PCG64(5))
     components = 2 * model.group * model.dim
-    basis = np.linalg.qr(rng.standard_normal((components, components)))[0].astype(np.float32)
+    basis = draw_basis(components, rng)
     deviations = np.geomspace(LARGEST, SMALLEST, components).astype(np.float32)
     calibration = make_up(model, rotation, basis, deviations, rng) if calibrated else None
     payloads = []
@@ -86,6 +86,14 @@ def draw_lossy(model: Model, count: int, *, calibrated: bool) -> LossySections:
         assert all(codec == 3 for codec, _ in coded), "these values should be coded with loss"
         payloads.append([payload for _, payload in coded])
     return LossySections(model, calibration, payloads)
+
+
+def draw_basis(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Orthonormal rows: a cosine transform of numbers whose signs and order are drawn."""
+    angles = np.outer(np.arange(size), np.arange(size) + 0.5) * (np.pi / size)
+    rows = np.cos(angles) * np.sqrt(2 / size)
+    rows[0] /= np.sqrt(2)
+    return (rows * rng.choice([-1.0, 1.0], size))[:, rng.permutation(size)].astype(np.float32)
 
 
 def make_up(
