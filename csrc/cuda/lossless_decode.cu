@@ -1,16 +1,18 @@
 // Lossless decode: one warp decodes one head's stream and puts each row of 32 values where the pages want it.
 //
-// Instructions for a row of 32 values in the fast loop, counted in the source: 8 take the symbol out of the
-// state (two of them look it up in shared memory), 10 give hungry lanes their words (one ballot, two counts
-// of bits), 3 fetch the six stored bits, 2 put the value together, 1 watches for escapes, 3 store it and move
-// on, 5 are the loops, the refill of words and the pages' blocks: about 32, one for each value of a lane.
-// Device memory for a row: 64 bytes out, 24 + some 18 (at 10.4 bits a value) in. Neither is read twice; the
-// 64 bytes are two whole sectors (of 32 bytes), so that wider stores would save nothing but their staging.
-// Shared memory: 68.1 KB of tables and 512 bytes of words for each warp: 76.1 KB for 16 warps, two blocks to
-// a multiprocessor. A state's way from one row to the next is some 200 cycles (three lookups, one ballot), so
-// that 8 warps to a scheduler keep it busy.
+// Instructions for a row in the fast loop, as ptxas makes it for sm_90 (142 for four rows where no words are
+// refilled and nothing escapes): 9 take the symbol out of the state (two of them look it up in shared
+// memory), 11 give hungry lanes their words (one ballot, two counts of bits), 2 put the value together, 5
+// fetch and shift the six stored bits, 4 store it and move on, 5 are the loop and the watch for escapes. A
+// refill takes 17 for each 64 words, some 7 rows; a block of pages some 45: about 40 for a row with blocks of
+// 16 tokens. Device memory for a row: 64 bytes out, 24 + some 18 (at 10.4 bits a value) in. Neither is read
+// twice; the 64 bytes are two whole sectors (of 32 bytes), so that wider stores would save nothing but their
+// staging. Shared memory for a row: some 3.5 cycles for the slots (32 of 1,024 words: about that many fall in
+// one bank), some 3 for the entries, 1 for the words, and 4 for what goes to and comes from device memory by
+// the same pipe. Occupancy: 80.6 KB of shared memory for 16 warps, two blocks to a multiprocessor. A state's
+// way from one row to the next is some 200 cycles (three lookups, one ballot), so that 8 warps to a scheduler
+// keep it busy.
 
-#include "api.h"
 #include "lossless_decode.h"
 #include "pages.h"
 
@@ -139,8 +141,8 @@ class HeadDecoder {
   // `queue`: the warp's, in shared memory.
   KVS_DEVICE HeadDecoder(std::uint32_t queue, const CodedParts& parts, std::uint32_t lanes,
                          std::uint32_t whole_rows)
-      : words_(queue, parts.stream, parts.words, parts.word_count),
-        escapes_(parts.stream, parts.escapes, parts.escape_count),
+      : words_(queue, parts.stream, parts.words, parts.word_count()),
+        escapes_(parts),
         rows_(parts.stream, parts.rows, whole_rows),
         state_(simt::lane() < lanes ? load_two_words(parts.stream + CodedParts::kStates + 4 * simt::lane())
                                     : kStateMin) {}
@@ -220,7 +222,8 @@ class HeadDecoder {
 
 struct LosslessDecode {
   static constexpr std::uint32_t kThreads = 512;
-  static constexpr std::uint32_t kResident = 2;    // 64 registers
+  static constexpr std::uint32_t kResident =
+      2;  // 64 registers; what does not fit is not used in the fast loop
   static constexpr std::uint32_t kLeastWarps = 4;  // build the tables in some 10 us
 
   const KvsLosslessJob* jobs;

@@ -153,28 +153,6 @@ class WordQueue {
   std::uint32_t asked_;
 };
 
-// The escape bytes, taken in rows' order, then the lanes'.
-class EscapeBytes {
- public:
-  KVS_DEVICE EscapeBytes(const std::uint8_t* stream, std::uint32_t escapes, std::uint32_t count)
-      : stream_(stream), from_(escapes), count_(count) {}
-
-  // `value` with its exponent, where the lane `escapes`. All lanes.
-  KVS_DEVICE std::uint32_t take(std::uint32_t value, bool escapes) {
-    const std::uint32_t escaped = simt::ballot(escapes);
-    const std::uint32_t at = next_ + simt::count_bits(escaped & simt::lanes_before());
-    next_ += simt::count_bits(escaped);
-    return escapes && at < count_ ? replace_exponent(value, load_constant(stream_ + (from_ + at))) : value;
-  }
-
-  KVS_DEVICE bool overdrawn() const { return next_ > count_; }
-  KVS_DEVICE bool empty() const { return next_ == count_; }
-
- private:
-  const std::uint8_t* stream_;
-  std::uint32_t from_, count_, next_ = 0;
-};
-
 KVS_DEVICE std::uint32_t load_word(const std::uint8_t* from) {
   return load_constant(reinterpret_cast<const std::uint16_t*>(from));
 }
@@ -191,34 +169,35 @@ struct CodedParts {
 
   const std::uint8_t* stream;
   std::uint32_t words, rows, classes, escapes;
-  std::uint32_t word_count, escape_count, top_min, top_bits;
+
+  // Read where they are needed: registers are scarcer.
+  KVS_DEVICE std::uint32_t top_min() const { return load_constant(stream + 1); }
+  KVS_DEVICE std::uint32_t top_bits() const { return load_constant(stream + 2); }
+  KVS_DEVICE std::uint32_t word_count() const { return load_two_words(stream + 4); }
+  KVS_DEVICE std::uint32_t escape_count() const { return load_two_words(stream + 8); }
 
   // Where the parts lie in `length` bytes. False where the header is not one, or calls for another length.
   KVS_DEVICE bool cut(std::uint32_t length, std::uint32_t components, std::uint32_t tokens) {
     if (length < kCodedHeader) return false;
-    top_min = load_constant(stream + 1);
-    top_bits = load_constant(stream + 2);
-    if (top_bits > 8 || load_constant(stream + 3) != 0) return false;
-    word_count = load_two_words(stream + 4);
-    escape_count = load_two_words(stream + 8);
+    if (top_bits() > 8 || load_constant(stream + 3) != 0) return false;
     const std::uint32_t last = (components - 1) / kLanes, lanes = components < kLanes ? components : kLanes;
     const std::uint64_t row =
         std::uint64_t{last} * bytes_of_row(kLanes) + bytes_of_row(components - last * kLanes);
     const std::uint64_t at_words = kStates + 4 * lanes;
-    const std::uint64_t at_rows = at_words + 2 * std::uint64_t{word_count};
+    const std::uint64_t at_rows = at_words + 2 * std::uint64_t{word_count()};
     const std::uint64_t at_classes = at_rows + tokens * row;
     const std::uint64_t at_escapes =
-        at_classes + (std::uint64_t{components} * (kClassBits + top_bits) + 7) / 8;
+        at_classes + (std::uint64_t{components} * (kClassBits + top_bits()) + 7) / 8;
     words = static_cast<std::uint32_t>(at_words);  // they fit where the length is right
     rows = static_cast<std::uint32_t>(at_rows);
     classes = static_cast<std::uint32_t>(at_classes);
     escapes = static_cast<std::uint32_t>(at_escapes);
-    return (at_escapes + escape_count + 3) / 4 * 4 == length;
+    return (at_escapes + escape_count() + 3) / 4 * 4 == length;
   }
 
   // Class of a component: table in bits 0-3, flip in bit 4, top in bits 5-12.
   KVS_DEVICE std::uint32_t read_class(std::uint32_t component) const {
-    const std::uint32_t bits = kClassBits + top_bits;
+    const std::uint32_t bits = kClassBits + top_bits();
     const std::uint64_t bit = std::uint64_t{component} * bits;
     const std::uint32_t shift = bit % 8;
     const std::uint8_t* from = stream + classes + bit / 8;
@@ -226,9 +205,31 @@ struct CodedParts {
     for (std::uint32_t i = 0; 8 * i < shift + bits; ++i)
       window |= std::uint32_t{load_constant(from + i)} << 8 * i;
     const std::uint32_t field = window >> shift & ((1u << bits) - 1);
-    const std::uint32_t top = (top_min + (field >> kClassBits)) & 255;
+    const std::uint32_t top = (top_min() + (field >> kClassBits)) & 255;
     return (field & ((1u << kClassBits) - 1)) | top << kClassBits;
   }
+};
+
+// The escape bytes, taken in rows' order, then the lanes'.
+class EscapeBytes {
+ public:
+  KVS_DEVICE explicit EscapeBytes(const CodedParts& parts) : parts_(parts) {}
+
+  // `value` with its exponent, where the lane `escapes`. All lanes.
+  KVS_DEVICE std::uint32_t take(std::uint32_t value, bool escapes) {
+    const std::uint32_t escaped = simt::ballot(escapes);
+    const std::uint32_t at = next_ + simt::count_bits(escaped & simt::lanes_before());
+    next_ += simt::count_bits(escaped);
+    if (!escapes || at >= parts_.escape_count()) return value;
+    return replace_exponent(value, load_constant(parts_.stream + (parts_.escapes + at)));
+  }
+
+  KVS_DEVICE bool overdrawn() const { return next_ > parts_.escape_count(); }
+  KVS_DEVICE bool empty() const { return next_ == parts_.escape_count(); }
+
+ private:
+  const CodedParts& parts_;
+  std::uint32_t next_ = 0;
 };
 
 }  // namespace kvs

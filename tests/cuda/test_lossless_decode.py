@@ -227,6 +227,15 @@ def test_more_heads_than_warps_decode_side_by_side_and_each_has_its_own_verdict(
     np.testing.assert_array_equal(found[:, :, :, good], values[:, :, :, good])
 
 
+def test_heads_decode_on_as_few_multiprocessors_as_are_allowed(device: Device) -> None:
+    values = draw_normal(RNG, (1, 1, 5, 70, 8))
+    device.library.call("kvs_limit_multiprocessors", ctypes.c_uint32(1))
+    try:
+        assert_decodes(device, LosslessCodec().encode(values), values)
+    finally:
+        device.library.call("kvs_limit_multiprocessors", ctypes.c_uint32(0))
+
+
 def test_no_jobs_are_no_work(device: Device) -> None:
     device.library.lossless_decode(0, 0, Pages(), 0, device.stream)
 
