@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from kvstore_s3.bitstream import PROFILES, Header, Section
+from kvstore_s3.bitstream import PARTS_KV, PROFILES, Header, Section
 from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.codec.device.jobs import LosslessSection, plan_pieces
 from kvstore_s3.codec.device.pieces import Piece, find_target
 from kvstore_s3.codec.device.requests import Copy
+from kvstore_s3.codec.device.scalable_jobs import CodedSection
 from kvstore_s3.codec.device.streams import Mark
+from kvstore_s3.codec.scalable import SCALABLE
 from kvstore_s3.encode import view_bits
 from kvstore_s3.layout import Shard
 from kvstore_s3.load import HALVES, decode_section, in_thread, verify_range
 from kvstore_s3.objectstore.awaiting import finish
+from kvstore_s3.quality import LOSSY_DTYPES
 from kvstore_s3.transfer.ranges import BandRange, group_levels
 
 if TYPE_CHECKING:
@@ -95,15 +98,22 @@ def _plan_band(
     copies = []
     for numbers in group_levels(header.table, list(rest)):
         stored = [rest[number] for number in numbers]
+        piece = _plan_scalable(place, header, numbers, stored, first_token, calibration, wanted)
+        if piece is not None:
+            streams.append(piece)
+            continue
         copies.append(_decode_here(place, header, numbers, stored, first_token, calibration, wanted))
     return streams, copies
 
 
 def _is_for_device(decoder: DeviceDecoder, header: Header, section: Section, wanted: Shard, size: int) -> bool:
-    if header.table.profile == PROFILES["scalable"]:
+    if header.table.profile == PROFILES["scalable"] or not _is_within(section, wanted):
         return False
-    within = wanted.layer_begin <= section.layer_begin and section.layer_end <= wanted.layer_end
-    return within and decoder.takes(section.codec, header.identity.layout.dtype, size)
+    return decoder.takes(section.codec, header.identity.layout.dtype, size)
+
+
+def _is_within(section: Section, wanted: Shard) -> bool:
+    return wanted.layer_begin <= section.layer_begin and section.layer_end <= wanted.layer_end
 
 
 def _lossless_section(header: Header, section: Section, wanted: Shard, payload: memoryview) -> LosslessSection:
@@ -119,6 +129,43 @@ def _lossless_section(header: Header, section: Section, wanted: Shard, payload: 
         kinds=halves.stop - halves.start,
         kind_begin=halves.start,
     )
+
+
+def _plan_scalable(
+    place: DevicePlace,
+    header: Header,
+    numbers: Sequence[int],
+    payloads: Sequence[memoryview],
+    first_token: int,
+    calibration: Calibration | None,
+    wanted: Shard,
+) -> Piece | None:
+    """What the device is to decode of the levels of one section; None where the CPU is to."""
+    planner, identity = place.decoder.scalable, header.identity
+    sections = [header.table.sections[number] for number in numbers]
+    base = sections[0]
+    coded = header.table.profile == PROFILES["scalable"] and all(one.codec == SCALABLE for one in sections)
+    if planner is None or not coded or base.parts != PARTS_KV or not _is_within(base, wanted):
+        return None
+    if identity.layout.dtype not in LOSSY_DTYPES:
+        return None
+    given = CodedSection(
+        payloads,
+        layers=(base.layer_begin, base.layer_end),
+        first_head=identity.shard.head_begin,
+        section_heads=identity.shard.heads,
+        head_begin=wanted.head_begin - identity.shard.head_begin,
+        heads=wanted.heads,
+        tokens=identity.tokens,
+        head_dim=identity.layout.head_dim,
+        layer_begin=base.layer_begin - wanted.layer_begin,
+        first_position=first_token,
+        object_levels=header.table.sections[-1].level + 1,
+        dtype=identity.layout.dtype,
+        calibration=calibration,
+    )
+    piece = planner.plan(given)
+    return piece if piece is not None and piece.data_bytes <= place.decoder.largest else None
 
 
 def _decode_here(

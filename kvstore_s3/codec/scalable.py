@@ -128,7 +128,10 @@ def decode_scalable(
         raise damaged(f"{len(payloads)} levels of an object that says it has {header.levels}")
     count = 1 if header.span == "all" else section_heads
     streams = [split_streams(base, header.end, count), *(split_streams(p, 0, count) for _, p in refinements)]
-    if calibration is not None and _group_of(calibration, layer_begin, out.shape[0], first_head, section_heads) is None:
+    if (
+        calibration is not None
+        and find_group(calibration, layer_begin, out.shape[0], first_head, section_heads) is None
+    ):
         found = f"layers {layer_begin} on, {out.shape[0]} of them, heads {first_head} on, {section_heads} of them"
         raise damaged(f"{found}: no layer group of the calibration")
     wanted = range(1) if header.span == "all" else range(head_begin, head_begin + out.shape[3])
@@ -160,7 +163,7 @@ def _maps_of(
             rotation.style, rotation.inverse_frequencies, rotation.select(layer_begin, layer_begin + layers)
         )
         return [uncalibrated_map(local, layers, values.shape[4], head) for head in range(heads)]
-    group = _group_of(calibration, layer_begin, layers, first_head, heads)
+    group = find_group(calibration, layer_begin, layers, first_head, heads)
     if group is None:
         whose = "all heads" if calibration.span == "all" else "heads of the model"
         raise InvalidArgumentError(
@@ -171,7 +174,7 @@ def _maps_of(
     return [calibrated_map(calibration, group, first_head, head) for head in range(count)]
 
 
-def _group_of(calibration: Calibration, layer_begin: int, layers: int, first_head: int, heads: int) -> int | None:
+def find_group(calibration: Calibration, layer_begin: int, layers: int, first_head: int, heads: int) -> int | None:
     """The layer group that a section is, None where it is none or its heads are not those of the calibration."""
     group = layer_begin // calibration.layer_group
     if group >= calibration.groups or calibration.group_layers(group) != (layer_begin, layer_begin + layers):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codec.calibrations import make_calibration
 from cuda.emulated import ON_DEVICE, Device
 from partitions import (
     CHUNK,
@@ -28,6 +29,7 @@ from partitions import (
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder
 from kvstore_s3.codec.device.library import Library, Pages
+from kvstore_s3.codec.device.scalable_calls import ScalableCalls, ScalableTotals
 from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import Shard
 
@@ -58,6 +60,20 @@ def library(device: Device) -> CountingLibrary:
 def decoder(library: CountingLibrary) -> Iterator[DeviceDecoder]:
     with DeviceDecoder(library, MEMORY, SMALLEST_BUDGET) as decoder:
         yield decoder
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many streams of codec 3 each call was given."""
+    seen: list[int] = []
+    decode = ScalableCalls.decode
+
+    def count(calls: ScalableCalls, jobs: int, totals: ScalableTotals, pages: Pages, **options: int) -> None:
+        seen.append(totals.jobs)
+        decode(calls, jobs, totals, pages, **options)
+
+    monkeypatch.setattr(ScalableCalls, "decode", count)
+    return seen
 
 
 @asynccontextmanager
@@ -124,15 +140,43 @@ async def test_what_kernels_do_not_decode_the_cpu_does(tmp_path: Path, decoder: 
     assert same_bits(found.cpu(), kv[:, :, :WHOLE])
 
 
-@pytest.mark.parametrize("profile", ["near-lossless", "small"])
+@pytest.mark.parametrize(
+    ("profile", "dtype", "shard"),
+    [
+        ("near-lossless", "bfloat16", LAYOUT.full_shard),
+        ("near-lossless", "float32", Shard(0, 4, 1, 3)),
+        ("small", "bfloat16", Shard(0, 4, 1, 3)),
+    ],
+)
 async def test_lossy_profiles_give_what_they_give_on_the_host(
-    tmp_path: Path, decoder: DeviceDecoder, profile: str
+    tmp_path: Path, decoder: DeviceDecoder, launched: list[int], profile: str, dtype: str, shard: Shard
 ) -> None:
-    async with opened(tmp_path, profile=profile) as store:
-        await store.save(TOKENS, draw_kv())
+    layout = KVLayout(4, 4, 8, dtype, rope=LAYOUT.rope)
+    namespace = Namespace(model="parted", revision="1", layout=layout, chunk_tokens=CHUNK)
+    async with opened(tmp_path, namespace, profile=profile) as store:
+        await store.save(TOKENS, draw_kv(layout))
+    async with opened(tmp_path, namespace, profile=profile, shard=shard) as store:
         hit = await store.lookup(TOKENS)
         on_host, found = await store.load(hit), await store.load(hit, device=decoder)
     assert same_bits(found.cpu(), on_host)
+    assert sum(launched) == 4 * 2 * shard.heads
+
+
+@pytest.mark.parametrize("span", ["head", "all"])
+async def test_calibrated_values_are_those_of_the_host_but_for_their_rounding(
+    tmp_path: Path, decoder: DeviceDecoder, launched: list[int], span: str
+) -> None:
+    calibration = make_calibration(
+        LAYOUT, span, lambda seed: draw_kv(seed=seed), layer_group=2, namespace=NAMESPACE.digest
+    )
+    async with opened(tmp_path, profile="near-lossless") as store:
+        await store.calibrations.publish(calibration.to_bytes())
+        await store.save(TOKENS, draw_kv(seed=9))
+        hit = await store.lookup(TOKENS)
+        on_host, found = await store.load(hit), (await store.load(hit, device=decoder)).cpu()
+    assert sum(launched) == 4 * 2 * (1 if span == "all" else LAYOUT.kv_heads)
+    torch.testing.assert_close(found, on_host, rtol=2**-7, atol=1e-5)
+    assert float((found != on_host).float().mean()) < 0.01
 
 
 async def test_without_a_library_values_are_decoded_by_the_cpu_and_copied(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ device, nor on the engine's streams.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ from kvstore_s3.codec.device.batch import CONTROL_BYTES, Slot, lay_out
 from kvstore_s3.codec.device.library import Library
 from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
 from kvstore_s3.codec.device.requests import Copy, Part, Request, Room, Waiting
+from kvstore_s3.codec.device.scalable_calls import ScalableCalls
+from kvstore_s3.codec.device.scalable_jobs import ScalablePlanner
 from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
 from kvstore_s3.errors import (
     BitstreamFault,
@@ -31,6 +34,8 @@ from kvstore_s3.errors import (
     InvalidArgumentError,
     KVStoreError,
 )
+
+log = logging.getLogger("kvstore_s3")
 
 SLOTS = 3
 """Batches under way at once: one is copied, one decoded, and one is being told of or queued."""
@@ -70,6 +75,8 @@ class DeviceDecoder:
         self.largest = (budget_bytes // SLOTS - CONTROL_BYTES) // ALIGNMENT * ALIGNMENT
         """Bytes of the largest piece."""
         self._library = library
+        self.scalable = self._make_planner()
+        """Plans sections of codec 3; None where the library does not decode them."""
         self._streams: Streams | None = None
         self._waiting = Waiting()
         self._free: SimpleQueue[Slot | None] = SimpleQueue()
@@ -93,6 +100,14 @@ class DeviceDecoder:
         for thread in threads:
             thread.join()
         self._free = SimpleQueue()
+
+    def put(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A copy of an array on the device, for kernels queued from now on. Raises `DeviceError`."""
+        try:
+            with self._open().decoding():
+                return torch.from_numpy(np.array(values)).to(self.device)
+        except _FAILURES as error:
+            raise _failed(error, "a copy of what decoding needs") from error
 
     def takes(self, codec: int, dtype: str, size: int) -> bool:
         """Whether kernels decode a payload of `size` bytes of this codec and dtype."""
@@ -141,6 +156,15 @@ class DeviceDecoder:
         self._waiting.add(request)
         self._start()
         return request.future
+
+    def _make_planner(self) -> ScalablePlanner | None:
+        if self._library is None or not self._library.has("kvs_scalable_decode"):
+            return None
+        try:
+            return ScalablePlanner(ScalableCalls(self._library), self.put)
+        except DeviceError as error:
+            log.warning("lossy values are decoded by the CPU: %s", error)
+            return None
 
     def _start(self) -> None:
         with self._lock:
