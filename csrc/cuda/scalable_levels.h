@@ -47,7 +47,7 @@ class WordRing {
     const std::uint32_t index = at_ + simt::count_bits(lanes & simt::lanes_before());
     const std::uint32_t word = reinterpret_cast<const std::uint16_t*>(ring_)[index % kWords];
     at_ += simt::count_bits(lanes);
-    if (at_ >= next_chunk_ * kChunk - kChunk) turn_over();
+    if (at_ >= turn_at_) turn_over();
     return word;
   }
 
@@ -56,20 +56,23 @@ class WordRing {
 
  private:
   KVS_DEVICE std::uint32_t load_chunk(std::uint32_t chunk) const {
-    const std::uint64_t pair = static_cast<std::uint64_t>(chunk) * simt::kWarp + simt::lane();
-    return 2 * pair < count_ ? from_[pair] : 0;
+    const std::uint32_t pair = chunk * simt::kWarp + simt::lane();  // a stream has less than 2^32 bytes
+    return pair < count_ / 2 + count_ % 2 ? from_[pair] : 0;
   }
 
+  // The chunk behind `at_` makes room for the one that is on its way.
   KVS_DEVICE void turn_over() {
     simt::sync_warp();
-    ring_[next_chunk_ % 2 * simt::kWarp + simt::lane()] = ahead_;
-    ahead_ = load_chunk(++next_chunk_);
+    const std::uint32_t gone = turn_at_ / kChunk - 1;
+    ring_[gone % 2 * simt::kWarp + simt::lane()] = ahead_;
+    ahead_ = load_chunk(gone + 3);
+    turn_at_ += kChunk;
     simt::sync_warp();
   }
 
   std::uint32_t* ring_;
   const std::uint32_t* from_;
-  std::uint32_t count_, at_ = 0, next_chunk_ = 2, ahead_;
+  std::uint32_t count_, at_ = 0, turn_at_ = kChunk, ahead_;
 };
 
 struct DecodeLevels {
@@ -122,7 +125,18 @@ struct DecodeLevels {
     std::uint32_t state;
   };
 
+  // Level 0 of a stream.
+  struct Base {
+    const KvsScalableJob& job;
+    WordRing words;
+    std::uint32_t state;
+    std::uint32_t escapes_taken = 0;
+    bool sound = true;
+  };
+
   KVS_DEVICE Shared load_tables() const;
+  static KVS_DEVICE void decode_base_rows(Base& base, const std::uint8_t* slots, const std::uint32_t* symbols,
+                                          bool active, std::int16_t* row);
   KVS_DEVICE Fault decode_stream(const KvsScalableJob& job, const Shared& shared) const;
   KVS_DEVICE bool decode_base(Stream& stream) const;
   KVS_DEVICE bool decode_refinement(Stream& stream, std::uint32_t level) const;
@@ -187,44 +201,55 @@ KVS_DEVICE DecodeLevels::Shared DecodeLevels::load_tables() const {
   return shared;
 }
 
+// The rows of a block of level 0: of a lane's table, `slots` has the symbols and `symbols` their entries.
+KVS_DEVICE void DecodeLevels::decode_base_rows(Base& base, const std::uint8_t* slots,
+                                               const std::uint32_t* symbols, bool active, std::int16_t* row) {
+  const std::uint32_t tokens = base.job.tokens;
+  std::uint32_t state = base.state;
+  KVS_UNROLL_NO
+  for (std::uint32_t token = 0; token < tokens; ++token, row += kLanes) {
+    const std::uint32_t symbol = slots[slot_of(state)];
+    const std::uint32_t popped = pop_packed(state, symbols[symbol]);
+    const std::uint32_t hungry = active ? needs_word(popped) : 0;
+    const std::uint32_t word = base.words.take(hungry);
+    if (active) state = hungry ? popped << 16 | word : popped;
+    std::int32_t number = active ? static_cast<std::int32_t>(symbol) - kBaseOffset : 0;
+    const bool escaped = active && symbol == kBaseEscape;
+    const std::uint32_t all = simt::ballot(escaped);
+    if (all != 0) {
+      const std::uint32_t index = base.escapes_taken + simt::count_bits(all & simt::lanes_before());
+      const auto* escapes = reinterpret_cast<const std::int16_t*>(base.job.escapes);
+      if (escaped) number = index < base.job.escape_count ? escapes[index] : kMostBase + 1;
+      base.sound &= number >= -kMostBase && number <= kMostBase;
+      base.escapes_taken += simt::count_bits(all);
+    }
+    *row = static_cast<std::int16_t>(number);
+  }
+  base.state = state;
+}
+
 KVS_DEVICE bool DecodeLevels::decode_base(Stream& stream) const {
   const KvsScalableJob& job = stream.job;
   const Shared& shared = stream.shared;
-  const std::uint32_t lane = simt::lane(), tokens = job.tokens, coded = job.coded[0];
-  const auto* escapes = reinterpret_cast<const std::int16_t*>(job.escapes);
-  WordRing words(shared.ring, job.words[0], job.word_counts[0]);
-  std::uint32_t escapes_taken = 0, state = stream.state;
-  bool sound = true;
+  const std::uint32_t lane = simt::lane(), coded = job.coded[0];
+  Base base{job, WordRing(shared.ring, job.words[0], job.word_counts[0]), stream.state};
   for (std::uint32_t begin = 0; begin < coded; begin += kLanes) {
     const bool active = begin + lane < coded;
     const std::uint32_t k = active ? stream.classes[stream.order[begin + lane]] : shared.first;
     const std::uint32_t own = k - shared.first < kClasses - shared.first ? k - shared.first : 0;
-    const bool near = own < shared.classes;
-    const std::uint8_t* slots = near ? shared.slots + own * kSlots : tables->slots[shared.first + own];
-    const std::uint32_t* symbols =
-        near ? shared.symbols + own * kBaseSymbols : tables->symbols[shared.first + own];
-    std::int16_t* row = stream.numbers + static_cast<std::uint64_t>(begin) * tokens + lane;
-    for (std::uint32_t token = 0; token < tokens; ++token, row += kLanes) {
-      const std::uint32_t symbol = slots[slot_of(state)];
-      const std::uint32_t popped = pop_packed(state, symbols[symbol]);
-      const std::uint32_t hungry = active ? needs_word(popped) : 0;
-      const std::uint32_t word = words.take(hungry);
-      if (active) state = hungry ? popped << 16 | word : popped;
-      std::int32_t number = active ? static_cast<std::int32_t>(symbol) - kBaseOffset : 0;
-      const bool escaped = active && symbol == kBaseEscape;
-      const std::uint32_t all = simt::ballot(escaped);
-      if (all != 0) {
-        const std::uint32_t index = escapes_taken + simt::count_bits(all & simt::lanes_before());
-        if (escaped) number = index < job.escape_count ? escapes[index] : kMostBase + 1;
-        sound &= number >= -kMostBase && number <= kMostBase;
-        escapes_taken += simt::count_bits(all);
-      }
-      *row = static_cast<std::int16_t>(number);
+    std::int16_t* row = stream.numbers + static_cast<std::uint64_t>(begin) * job.tokens + lane;
+    // One block's lanes have one class, or neighbouring ones: seldom are some tables here and some far.
+    if (simt::ballot(own >= shared.classes) == 0) {
+      decode_base_rows(base, shared.slots + own * kSlots, shared.symbols + own * kBaseSymbols, active, row);
+    } else {
+      decode_base_rows(base, tables->slots[shared.first + own], tables->symbols[shared.first + own], active,
+                       row);
     }
-    if (words.ran_out() || escapes_taken > job.escape_count) return false;
+    if (base.words.ran_out() || base.escapes_taken > job.escape_count) return false;
   }
-  stream.state = state;
-  return words.read_to_the_end() && escapes_taken == job.escape_count && simt::ballot(!sound) == 0;
+  stream.state = base.state;
+  return base.words.read_to_the_end() && base.escapes_taken == job.escape_count &&
+         simt::ballot(!base.sound) == 0;
 }
 
 KVS_DEVICE bool DecodeLevels::decode_refinement(Stream& stream, std::uint32_t level) const {
@@ -248,12 +273,13 @@ KVS_DEVICE bool DecodeLevels::decode_refinement(Stream& stream, std::uint32_t le
       KVS_UNROLL
       for (std::uint32_t i = 0; i < kBatch; ++i) {
         if (token + i >= tokens) break;
-        const Ternary found = find_ternary(slot_of(state), thresholds[context_of(coarse[i])]);
-        const std::uint32_t popped = pop_symbol(state, found.entry);
+        std::int32_t fine;
+        const std::uint32_t context = context_of(coarse[i]);
+        const std::uint32_t popped = pop_ternary(state, thresholds[context], coarse[i], fine);
         const std::uint32_t hungry = active ? needs_word(popped) : 0;
         const std::uint32_t word = words.take(hungry);
         if (active) state = hungry ? popped << 16 | word : popped;
-        rows[i * kLanes] = static_cast<std::int16_t>(active ? refine_number(coarse[i], found.u) : 0);
+        rows[i * kLanes] = static_cast<std::int16_t>(active ? fine : 0);
       }
     }
     if (words.ran_out()) return false;
