@@ -121,6 +121,9 @@ class Settings(BaseSettings):
     device_buffer_bytes: Annotated[int, Field(ge=6 * MiB)] = 128 * MiB
     """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels."""
 
+    device_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a GPU's multiprocessors that decoding may fill at once, in this process. 1: all."""
+
     reuse_bytes: Annotated[int, Field(ge=0)] = 512 * MiB
     """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""
 

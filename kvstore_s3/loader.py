@@ -190,6 +190,9 @@ class Loader:
         found = find_library()
         if found.library is None:
             log.info("values for %s are decoded by the CPU: %s", device, found.reason)
+        elif self._settings.device_share < 1:
+            most = torch.cuda.get_device_properties(device).multi_processor_count
+            found.library.limit_multiprocessors(max(1, round(most * self._settings.device_share)))
         return DeviceDecoder(found.library, device, self._settings.device_buffer_bytes)
 
     def keep(self, key: str, table: SectionTable, data: bytearray) -> None:

@@ -247,3 +247,9 @@ async def test_a_gpu_that_is_not_there_is_an_error(tmp_path: Path) -> None:
             await store.load(hit, device="cuda:0")
         with pytest.raises(InvalidArgumentError, match="meta"):
             await store.load(hit, device="meta")
+
+
+def test_a_share_of_a_gpu_is_a_setting() -> None:
+    assert Settings().device_share == 1
+    with pytest.raises(ValueError, match="device_share"):
+        Settings(device_share=0)

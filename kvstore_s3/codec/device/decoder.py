@@ -109,6 +109,16 @@ class DeviceDecoder:
         except _FAILURES as error:
             raise _failed(error, "a copy of what decoding needs") from error
 
+    def pin(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """A copy of an array in page-locked memory, where there is a GPU: others are copied to it when streams end."""
+        if self.device.type != "cuda":
+            return values
+        try:
+            pinned: npt.NDArray[np.generic] = torch.from_numpy(np.array(values)).pin_memory().numpy()
+        except _FAILURES as error:
+            raise _failed(error, "page-locked memory for what decoding needs") from error
+        return pinned
+
     def takes(self, codec: int, dtype: str, size: int) -> bool:
         """Whether kernels decode a payload of `size` bytes of this codec and dtype."""
         return (
@@ -161,7 +171,7 @@ class DeviceDecoder:
         if self._library is None or not self._library.has("kvs_scalable_decode"):
             return None
         try:
-            return ScalablePlanner(ScalableCalls(self._library), self.put)
+            return ScalablePlanner(ScalableCalls(self._library), self.put, self.pin)
         except DeviceError as error:
             log.warning("lossy values are decoded by the CPU: %s", error)
             return None

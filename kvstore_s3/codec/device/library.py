@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         ctypes.c_void_p,
         ctypes.c_void_p,
     ),
+    "kvs_limit_multiprocessors": (ctypes.c_uint32,),
 }
 """Argument types of the calls that this package makes by `Library.call`; others are given as ctypes values."""
 
@@ -98,6 +99,10 @@ class Library:
         addresses; `pages` itself may be forgotten after the call.
         """
         self.call("kvs_lossless_decode", jobs, count, ctypes.byref(pages), faults, stream)
+
+    def limit_multiprocessors(self, most: int) -> None:
+        """Let calls from now on, of the whole process, fill no more than `most` multiprocessors; 0: all there are."""
+        self.call("kvs_limit_multiprocessors", most)
 
 
 @dataclass(frozen=True, slots=True)

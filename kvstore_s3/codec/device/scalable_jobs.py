@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +29,9 @@ from kvstore_s3.codec.rotation import STYLES, Rotation
 from kvstore_s3.codec.scalable import find_group
 from kvstore_s3.codec.tables import TableSet, uncalibrated_tables
 from kvstore_s3.layout import DTYPES
+
+_ANGLES = 64
+"""Tables of angles that are kept: one for each chunk of a prompt, which all of its sections share."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,14 +99,21 @@ class _Prepared:
 
 
 class ScalablePlanner:
-    """Plans sections of codec 3. `put` copies an array to the device. For several threads.
+    """Plans sections of codec 3. `put` copies an array to the device, `pin` to where it can be copied from at once.
+    For several threads.
 
     Calibrations stay on the device, beside the decoder's budget, for as long as somebody has them.
     """
 
-    def __init__(self, calls: ScalableCalls, put: Callable[[npt.NDArray[np.generic]], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        calls: ScalableCalls,
+        put: Callable[[npt.NDArray[np.generic]], torch.Tensor],
+        pin: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]],
+    ) -> None:
         self._calls = calls
         self._put = put
+        self._find_angles = lru_cache(_ANGLES)(partial(_pin_angles, pin))
         self._calibrated: WeakKeyDictionary[Calibration, _Prepared] = WeakKeyDictionary()
         self._uncalibrated: _Prepared | None = None
         self._lock = threading.Lock()
@@ -191,7 +202,7 @@ class ScalablePlanner:
         section.pairs = len(rotation.inverse_frequencies)
         if section.pairs:
             section.cosines, section.sines = place_in(len(runs)), place_in(len(runs) + 1)
-            for table in rotation.tables(header.first_position, given.tokens):
+            for table in self._find_angles(rotation.inverse_frequencies.tobytes(), header.first_position, given.tokens):
                 runs.append(Run(address_of(table), table.nbytes, table))
         return True
 
@@ -231,3 +242,11 @@ class ScalablePlanner:
         tensor = self._put(values)
         prepared.held.append(tensor)
         return tensor.data_ptr()
+
+
+def _pin_angles(
+    pin: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], frequencies: bytes, position: int, tokens: int
+) -> list[npt.NDArray[np.generic]]:
+    """Cosines and sines, float32 [tokens, pairs] each."""
+    rotation = Rotation("halves", np.frombuffer(frequencies, np.float32), np.zeros(0, np.uint8))
+    return [pin(table) for table in rotation.tables(position, tokens)]
