@@ -3,10 +3,9 @@
 //
 // The surprises first:
 // - Half octaves are counted modulo 64, in shared memory, while the values go by for the first time: a
-// component
-//   spans fewer, so that nothing need be known of its scale before. Where one spans more (an exact zero is
-//   enough), or its outliers lie so far above the rest that the window misses what the search looks at, its
-//   values are read once more, and those within the right window of 64 are counted.
+//   component spans fewer, so that nothing need be known of its scale before. Where one spans more (an exact
+//   zero is enough), or its outliers lie so far above the rest that the window misses what the search looks
+//   at, its values are read once more, and those within the right window of 64 are counted.
 // - A bin is one word: positive values in its low half, negative ones in its high half. Word bin * 32 + lane
 //   belongs to one lane: no bank conflict, no atomic, no collective. Lanes may part ways anywhere in here.
 //

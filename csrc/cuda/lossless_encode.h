@@ -1,5 +1,4 @@
-// What the three encode kernels share: a head's sizes, its scratch, and the way from pages to tiles of
-// values.
+// What the encode kernels share: a head's sizes, its scratch, and the way from pages to tiles of values.
 #pragma once
 
 #include "../rans.h"
@@ -112,7 +111,7 @@ KVS_DEVICE const std::uint16_t* find_component(const KvsPages& pages, const KvsL
 
 // The values of one block of components, [token][lane], tile by tile of eight tokens.
 //
-// Where eight neighbouring components lie in 16 aligned bytes, a lane loads those of one token: one
+// Where eight neighbouring components lie in 16 aligned bytes, a lane loads those of one token: an
 // instruction of the warp loads 8 x 64 bytes, in whole sectors. Where they do not, each lane loads its own
 // component's eight values, two bytes at a time. Either way a lane holds 16 bytes, so that the next tile is
 // on its way while this one is worked on; to the lanes that want it, it goes through 512 bytes of shared
@@ -125,27 +124,27 @@ class BlockValues {
       : pages_(pages), token_begin_(job.token_begin), tokens_(job.tokens) {
     const HeadSize size = HeadSize::of(job, pages.dim);
     const std::uint64_t first = static_cast<std::uint64_t>(block) * kLanes;
-    own_ =
-        first + simt::lane() < size.components ? find_component(pages, job, first + simt::lane()) : nullptr;
-    const std::uint64_t eight = first + simt::lane() % 4 * 8;
-    eight_ = eight < size.components ? find_component(pages, job, eight) : nullptr;
+    const std::uint64_t own = first + simt::lane(), eight = first + simt::lane() % 4 * 8;
+    own_ = own < size.components ? find_component(pages, job, own) : nullptr;
+    loaded_ = eight < size.components ? find_component(pages, job, eight) : nullptr;
     const std::int64_t strides =
         pages.head_stride | pages.token_stride | (pages.block_table ? pages.block_stride : 0);
     const bool aligned =
-        pages.dim % 8 == 0 && strides % 8 == 0 && reinterpret_cast<std::uintptr_t>(eight_) % 16 == 0;
+        pages.dim % 8 == 0 && strides % 8 == 0 && reinterpret_cast<std::uintptr_t>(loaded_) % 16 == 0;
     wide_ = simt::ballot(aligned) == 0xFFFFFFFFu;
+    if (!wide_) loaded_ = own_;
   }
 
   // Loads tokens `first` to `first` + 7; those that are not there are 0.
   KVS_DEVICE void fetch(std::uint32_t first) {
     held_ = {};
+    if (!loaded_) return;
     if (wide_) {
       const std::uint32_t token = first + simt::lane() / 4;
-      if (eight_ && token < tokens_)
-        held_ = *reinterpret_cast<const SixteenBytes*>(eight_ + token_offset(pages_, token_begin_ + token));
-    } else if (own_) {
+      if (token < tokens_) held_ = *reinterpret_cast<const SixteenBytes*>(loaded_ + offset(token));
+    } else {
       KVS_UNROLL for (std::uint32_t i = 0; i < kTileTokens; ++i) {
-        if (first + i < tokens_) held_.part[i / 2] |= at(first + i) << 16 * (i % 2);
+        if (first + i < tokens_) held_.part[i / 2] |= loaded_[offset(first + i)] << 16 * (i % 2);
       }
     }
   }
@@ -162,15 +161,17 @@ class BlockValues {
   }
 
   // One value of the lane's component, which must be there.
-  KVS_DEVICE std::uint32_t at(std::uint32_t token) const {
-    return own_[token_offset(pages_, token_begin_ + token)];
-  }
+  KVS_DEVICE std::uint32_t at(std::uint32_t token) const { return own_[offset(token)]; }
 
  private:
+  KVS_DEVICE std::int64_t offset(std::uint32_t token) const {
+    return token_offset(pages_, token_begin_ + token);
+  }
+
   const KvsPages& pages_;
   std::uint32_t token_begin_, tokens_;
-  const std::uint16_t* own_;    // the lane's component at offset 0; null where there is none
-  const std::uint16_t* eight_;  // eight components that the lane loads
+  const std::uint16_t* own_;     // the lane's component at offset 0; null where there is none
+  const std::uint16_t* loaded_;  // what the lane loads: that, or eight components if `wide_`
   bool wide_;
   SixteenBytes held_{};
 };
