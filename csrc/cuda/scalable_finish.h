@@ -28,17 +28,23 @@ class PlaneWriter {
   using Bits = typename DtypeBits<dtype>::Bits;
 
   KVS_DEVICE PlaneWriter(const KvsScalableJob& job, const KvsPages& pages, std::uint32_t plane)
-      : job_(job), pages_(pages), dim_(job.dim) {
+      : pages_(pages),
+        token_begin_(job.token_begin),
+        dim_(job.dim),
+        pairs_(job.pairs),
+        halves_(job.style == 1) {
     const std::uint32_t head = plane / (2u * job.layers), within = plane % (2u * job.layers);
     const auto* rotated = reinterpret_cast<const std::uint8_t*>(job.rotated);
     values_ =
         find_head<Bits>(pages, job.layer_begin + within / 2, within % 2, job.head + head - job.want_begin);
+    cosines_ = reinterpret_cast<const float*>(job.cosines);
+    sines_ = reinterpret_cast<const float*>(job.sines);
     turned_ = job.style == 0 || within % 2 != 0 || rotated[within / 2] == 0 ? 0 : 2u * job.pairs;
   }
 
   // Where a token's values lie.
   KVS_DEVICE Bits* find_row(std::uint32_t token) const {
-    const std::uint32_t at = job_.token_begin + token;
+    const std::uint32_t at = token_begin_ + token;
     return values_ + find_token_run(pages_, at, at + 1).offset;
   }
 
@@ -49,9 +55,9 @@ class PlaneWriter {
     };
     Bits* to = find_row(token);
     const bool together = reinterpret_cast<std::uint64_t>(to) % sizeof(Two) == 0;
-    const std::uint64_t angles = std::uint64_t{token} * job_.pairs;
-    const float* cosines = reinterpret_cast<const float*>(job_.cosines) + angles;
-    const float* sines = reinterpret_cast<const float*>(job_.sines) + angles;
+    const std::uint64_t angles = std::uint64_t{token} * pairs_;
+    const float* cosines = cosines_ + angles;
+    const float* sines = sines_ + angles;
     for (std::uint32_t d = 2 * simt::lane(); d < dim_; d += 2 * simt::kWarp) {
       const Bits first = narrow_value<dtype>(turn(x, d, cosines, sines));
       if (d + 1 == dim_) {
@@ -72,18 +78,21 @@ class PlaneWriter {
   // Number `d` of x, K with its rotation.
   KVS_DEVICE float turn(const float* x, std::uint32_t d, const float* cosines, const float* sines) const {
     if (d >= turned_) return x[d];
-    const bool halves = job_.style == 1;
-    const std::uint32_t apart = halves ? turned_ / 2 : 1;
-    const bool second = halves ? d >= apart : d % 2 != 0;
-    const std::uint32_t pair = !halves ? d / 2 : second ? d - apart : d;
+    const std::uint32_t apart = halves_ ? turned_ / 2 : 1;
+    const bool second = halves_ ? d >= apart : d % 2 != 0;
+    const std::uint32_t pair = !halves_ ? d / 2 : second ? d - apart : d;
     const float own = x[d] * cosines[pair];
     return second ? own + x[d - apart] * sines[pair] : own - x[d + apart] * sines[pair];
   }
 
-  const KvsScalableJob& job_;
+  // Copies of what the job says: it would be read again after each store.
   const KvsPages& pages_;
   Bits* values_;
-  std::uint32_t dim_, turned_;  // the first of a head's numbers, as many as are turned
+  const float* cosines_;
+  const float* sines_;
+  std::uint32_t token_begin_, dim_, pairs_;
+  std::uint32_t turned_;  // the first of a head's numbers, as many as are turned
+  bool halves_;
 };
 
 // Writes x of the tile: row `token - begin` of `x`, planes side by side from the tile's first on. A warp has
@@ -151,8 +160,9 @@ struct Component {
 
   KVS_DEVICE Component(const KvsScalableJob& job, const std::uint32_t* order, std::uint32_t c) {
     const auto* tables = reinterpret_cast<const PackedTables*>(job.tables);
-    number = order[job.order + c];
-    shift = tables->shift[job.levels - 1][reinterpret_cast<const std::uint8_t*>(job.classes)[number]];
+    const std::uint32_t packed = order[job.order + c];
+    number = number_of(packed);
+    shift = tables->shift[job.levels - 1][class_of(packed)];
     scale = level_scale(job.levels - 1u);
   }
 

@@ -119,7 +119,6 @@ struct DecodeLevels {
   struct Stream {
     const KvsScalableJob& job;
     const Shared& shared;
-    const std::uint8_t* classes;
     const std::uint32_t* order;
     std::int16_t* numbers;
     std::uint32_t state;
@@ -142,6 +141,16 @@ struct DecodeLevels {
   KVS_DEVICE bool decode_refinement(Stream& stream, std::uint32_t level) const;
 };
 
+// A component of the coding order: its number, which is below 2^16, and its class.
+KVS_DEVICE std::uint32_t pack_component(std::uint32_t number, std::uint32_t k) { return number | k << 16; }
+KVS_DEVICE std::uint32_t number_of(std::uint32_t component) { return component & 0xFFFF; }
+KVS_DEVICE std::uint32_t class_of(std::uint32_t component) { return component >> 16; }
+
+// Classes were checked where they were parsed; what is read here can do no harm in any case.
+KVS_DEVICE std::uint32_t find_class(const std::uint8_t* classes, std::uint32_t number) {
+  return classes[number] < kClasses ? classes[number] : kClasses - 1;
+}
+
 // Components by class, largest first, those of one class by their number: a counting sort by one warp.
 KVS_DEVICE void sort_components(const KvsScalableJob& job, const std::uint8_t* classes,
                                 std::uint32_t* counters, std::uint32_t* order) {
@@ -150,7 +159,7 @@ KVS_DEVICE void sort_components(const KvsScalableJob& job, const std::uint8_t* c
   for (std::uint32_t k = lane; k < kClasses; k += simt::kWarp) counters[k] = 0;
   simt::sync_warp();
   for (std::uint32_t i = lane; i < job.components; i += simt::kWarp)
-    simt::atomic_add(&counters[classes[i]], 1);
+    simt::atomic_add(&counters[find_class(classes, i)], 1);
   simt::sync_warp();
   if (lane == 0) {
     std::uint32_t begin = 0;
@@ -163,7 +172,7 @@ KVS_DEVICE void sort_components(const KvsScalableJob& job, const std::uint8_t* c
   simt::sync_warp();
   for (std::uint32_t begin = 0; begin < job.components; begin += simt::kWarp) {
     const bool there = begin + lane < job.components;
-    const std::uint32_t k = there ? classes[begin + lane] : kClasses;
+    const std::uint32_t k = there ? find_class(classes, begin + lane) : kClasses;
     std::uint32_t same = 0xFFFFFFFFu;
     for (std::uint32_t bit = 0; bit < 6; ++bit) {
       const std::uint32_t set = simt::ballot(k >> bit & 1);
@@ -174,7 +183,8 @@ KVS_DEVICE void sort_components(const KvsScalableJob& job, const std::uint8_t* c
     simt::sync_warp();
     if (there && rank == 0) counters[k] += simt::count_bits(same);
     simt::sync_warp();
-    if (there && k >= last_first && place < job.coded[job.object_levels - 1]) order[place] = begin + lane;
+    if (there && k >= last_first && place < job.coded[job.object_levels - 1])
+      order[place] = pack_component(begin + lane, k);
   }
   simt::sync_warp();
 }
@@ -235,7 +245,7 @@ KVS_DEVICE bool DecodeLevels::decode_base(Stream& stream) const {
   Base base{job, WordRing(shared.ring, job.words[0], job.word_counts[0]), stream.state};
   for (std::uint32_t begin = 0; begin < coded; begin += kLanes) {
     const bool active = begin + lane < coded;
-    const std::uint32_t k = active ? stream.classes[stream.order[begin + lane]] : shared.first;
+    const std::uint32_t k = active ? class_of(stream.order[begin + lane]) : shared.first;
     const std::uint32_t own = k - shared.first < kClasses - shared.first ? k - shared.first : 0;
     std::int16_t* row = stream.numbers + static_cast<std::uint64_t>(begin) * job.tokens + lane;
     // One block's lanes have one class, or neighbouring ones: seldom are some tables here and some far.
@@ -261,7 +271,7 @@ KVS_DEVICE bool DecodeLevels::decode_refinement(Stream& stream, std::uint32_t le
   std::uint32_t state = stream.state;
   for (std::uint32_t begin = 0; begin < coded; begin += kLanes) {
     const bool active = begin + lane < coded, coarser = begin < written;
-    const std::uint32_t k = active ? stream.classes[stream.order[begin + lane]] : 0;
+    const std::uint32_t k = active ? class_of(stream.order[begin + lane]) : 0;
     const std::uint32_t* thresholds = stream.shared.thresholds + ((level - 1) * kClasses + k) * kContexts;
     std::int16_t* rows = stream.numbers + static_cast<std::uint64_t>(begin) * tokens + lane;
     for (std::uint32_t token = 0; token < tokens; token += kBatch, rows += kBatch * kLanes) {
@@ -294,8 +304,7 @@ KVS_DEVICE Fault DecodeLevels::decode_stream(const KvsScalableJob& job, const Sh
   std::uint32_t* const own_order = order + job.order;
   sort_components(job, classes, shared.counters, own_order);
   const bool used = simt::lane() < job.coded[job.object_levels - 1];
-  Stream stream{
-      job, shared, classes, own_order, numbers + job.numbers, used ? states[simt::lane()] : kStateMin};
+  Stream stream{job, shared, own_order, numbers + job.numbers, used ? states[simt::lane()] : kStateMin};
   if (simt::ballot(stream.state < kStateMin || stream.state >> 31) != 0) return Fault::kBadPayload;
   if (!decode_base(stream)) return Fault::kBadPayload;
   for (std::uint32_t level = 1; level < job.levels; ++level) {

@@ -12,18 +12,37 @@ namespace kvs {
 
 inline constexpr std::uint32_t kTileTokens = 64, kTileColumns = 128, kTileThreads = 256;
 
-// The part of the product that a block makes now.
+// The part of the product that a block makes now; copies of what the job says, which would be read again
+// after each store.
 struct Strip {
   const KvsScalableJob& job;
-  const std::int16_t* numbers;
-  const std::uint32_t* order;
-  std::uint32_t begin, end;      // tokens
-  std::uint32_t first, columns;  // of x
-  std::uint32_t coded;           // components at the last level that was read
+  const std::uint32_t* order;   // of the job
+  const std::int16_t* numbers;  // of the tile's first token
+  const float* scale;
+  std::uint32_t tokens, all_tokens;  // of the tile, of the job
+  std::uint32_t first, columns;      // of x
+  std::uint32_t coded;               // components at the last level that was read
+  std::uint64_t n;
 
-  KVS_DEVICE std::uint64_t n() const { return 2ull * job.layers * job.heads * job.dim; }
-  KVS_DEVICE float factor(const Component& component) const {
-    return reinterpret_cast<const float*>(job.scale)[component.number];
+  KVS_DEVICE Strip(const KvsScalableJob& of, const std::int16_t* all_numbers, const std::uint32_t* all_order,
+                   const Tile& tile, std::uint32_t column)
+      : job(of),
+        order(all_order + of.order),
+        numbers(all_numbers + of.numbers + std::uint64_t{tile.begin} * kLanes),
+        scale(reinterpret_cast<const float*>(of.scale)),
+        tokens(tile.end - tile.begin),
+        all_tokens(of.tokens),
+        first(tile.first * of.dim + column),
+        columns(of.dim - column < kTileColumns ? of.dim - column : kTileColumns),
+        coded(of.coded[of.levels - 1]),
+        n(2ull * of.layers * of.heads * of.dim) {}
+
+  // The numbers of the 32 components from `c` on, a row of them for each token.
+  KVS_DEVICE const std::int16_t* block(std::uint32_t c) const {
+    return numbers + static_cast<std::uint64_t>(c) * all_tokens;
+  }
+  KVS_DEVICE float shift(std::uint32_t component) const {
+    return reinterpret_cast<const PackedTables*>(job.tables)->shift[job.levels - 1][class_of(component)];
   }
 };
 
@@ -36,9 +55,41 @@ class FloatProduct {
   static constexpr std::uint32_t kSharedBytes = 4 * kLanes * (kTokenStride + kTileColumns);
   static_assert(kTileThreads == kTileTokens / kOwnTokens * kAcross);
 
-  KVS_DEVICE void load(const Strip& strip, std::uint32_t c, std::uint8_t* shared) const {
-    load_components(strip, c, reinterpret_cast<float*>(shared));
-    load_rows(strip, c, reinterpret_cast<float*>(shared) + kLanes * kTokenStride);
+  // Operands of 32 components on their way, from memory into registers.
+  KVS_DEVICE void fetch(const Strip& strip, std::uint32_t c) {
+    const std::uint32_t lane = simt::lane();
+    const bool there = c + lane < strip.coded;
+    const std::uint32_t component = there ? strip.order[c + lane] : 0;
+    factor_ = there ? strip.scale[number_of(component)] : 0;
+    shift_ = strip.shift(component);
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnNumbers; ++i) {
+      const std::uint32_t token = simt::warp() + i * (kTileThreads / simt::kWarp);
+      numbers_[i] = token < strip.tokens ? strip.block(c)[token * kLanes + lane] : 0;
+    }
+    const auto* matrix = reinterpret_cast<const float*>(strip.job.matrix) + strip.first;
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnWeights; ++i) {
+      const std::uint32_t row = (simt::thread() + i * kTileThreads) / kTileColumns;
+      const std::uint32_t column = simt::thread() % kTileColumns;
+      const bool inside = c + row < strip.coded && column < strip.columns;
+      weights_[i] = inside ? matrix[number_of(strip.order[c + row]) * strip.n + column] : 0;
+    }
+  }
+
+  // And from there into shared memory: y [component][token], scaled as their rows of S are, then these rows.
+  KVS_DEVICE void put(const Strip& strip, std::uint8_t* shared) const {
+    auto* y = reinterpret_cast<float*>(shared);
+    const float scale = level_scale(strip.job.levels - 1u);
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnNumbers; ++i) {
+      const std::uint32_t token = simt::warp() + i * (kTileThreads / simt::kWarp);
+      y[simt::lane() * kTokenStride + token] = reconstruct(numbers_[i], shift_, scale) * factor_;
+    }
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnWeights; ++i) {
+      y[kLanes * kTokenStride + simt::thread() + i * kTileThreads] = weights_[i];
+    }
   }
 
   KVS_DEVICE void add(const Strip& strip, const std::uint8_t* shared) {
@@ -71,33 +122,12 @@ class FloatProduct {
   }
 
  private:
-  // [component][token], scaled as their rows of S are; zeros behind the last of either.
-  KVS_DEVICE void load_components(const Strip& strip, std::uint32_t c, float* y) const {
-    float* to = y + simt::lane() * kTokenStride;
-    if (c + simt::lane() >= strip.coded) {
-      for (std::uint32_t token = simt::warp(); token < kTileTokens; token += simt::warps()) to[token] = 0;
-      return;
-    }
-    const Component component(strip.job, strip.order, c + simt::lane());
-    const float factor = strip.factor(component);
-    const std::int16_t* from =
-        find_numbers(strip.job, strip.numbers, c + simt::lane()) + strip.begin * kLanes;
-    for (std::uint32_t token = simt::warp(); token < kTileTokens; token += simt::warps()) {
-      to[token] = token < strip.end - strip.begin ? component.value(from[token * kLanes]) * factor : 0;
-    }
-  }
+  static constexpr std::uint32_t kOwnNumbers = kTileTokens * kLanes / kTileThreads;
+  static constexpr std::uint32_t kOwnWeights = kTileColumns * kLanes / kTileThreads;
 
-  KVS_DEVICE void load_rows(const Strip& strip, std::uint32_t c, float* rows) const {
-    const auto* matrix = reinterpret_cast<const float*>(strip.job.matrix) + strip.first;
-    for (std::uint32_t row = simt::warp(); row < kLanes; row += simt::warps()) {
-      const bool there = c + row < strip.coded;
-      const std::uint64_t from = (there ? strip.order[strip.job.order + c + row] : 0) * strip.n();
-      for (std::uint32_t i = simt::lane(); i < strip.columns; i += simt::kWarp) {
-        rows[row * kTileColumns + i] = there ? matrix[from + i] : 0;
-      }
-    }
-  }
-
+  float factor_, shift_;
+  std::int32_t numbers_[kOwnNumbers];
+  float weights_[kOwnWeights];
   float sums_[kOwnTokens][kOwnColumns] = {};
 };
 
@@ -113,10 +143,59 @@ class TensorProduct {
   static constexpr std::uint32_t kAcross = kWarpColumns / 8;
   static constexpr std::uint32_t kSharedBytes = 4 * (2 * kTileTokens * kTokenStride + kPairs * kRowStride);
 
-  KVS_DEVICE void load(const Strip& strip, std::uint32_t c, std::uint8_t* shared) const {
+  // Operands of 32 components on their way, from memory into registers: two neighbours' numbers of some
+  // tokens, and two columns of two neighbours' rows.
+  KVS_DEVICE void fetch(const Strip& strip, std::uint32_t c) {
+    const std::uint32_t pair = simt::thread() % kPairs;
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < 2; ++i) {
+      const bool there = c + 2 * pair + i < strip.coded;
+      const std::uint32_t component = there ? strip.order[c + 2 * pair + i] : 0;
+      factors_[i] = there ? strip.scale[number_of(component)] * strip.job.shrink : 0;
+      shifts_[i] = strip.shift(component);
+    }
+    const auto* from = reinterpret_cast<const std::uint32_t*>(strip.block(c)) + pair;
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnNumbers; ++i) {
+      const std::uint32_t token = simt::thread() / kPairs + i * (kTileThreads / kPairs);
+      numbers_[i] = token < strip.tokens ? from[token * kPairs] : 0;
+    }
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnWeights; ++i) {
+      const std::uint32_t first = c + 2 * ((simt::thread() + i * kTileThreads) / kTwoColumns);
+      KVS_UNROLL
+      for (std::uint32_t j = 0; j < 2; ++j)
+        weights_[i][j] = first + j < strip.coded ? fetch_two(strip, first + j) : 0;
+    }
+  }
+
+  // And from there into shared memory: y, scaled as their rows of S are and shrunk into what float16 holds,
+  // as the nearest and what is left over; then these rows.
+  KVS_DEVICE void put(const Strip& strip, std::uint8_t* shared) const {
     auto* words = reinterpret_cast<std::uint32_t*>(shared);
-    load_components(strip, c, words);
-    load_rows(strip, c, words + 2 * kTileTokens * kTokenStride);
+    const float scale = level_scale(strip.job.levels - 1u);
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnNumbers; ++i) {
+      std::uint32_t upper = 0, lower = 0;
+      KVS_UNROLL
+      for (std::uint32_t j = 0; j < 2; ++j) {
+        const auto number = static_cast<std::int16_t>(numbers_[i] >> 16 * j);
+        const float value = reconstruct(number, shifts_[j], scale) * factors_[j];
+        const std::uint32_t nearest = round_to_float16(value);
+        upper |= nearest << 16 * j;
+        lower |= round_to_float16(value - widen_float16_bits(nearest)) << 16 * j;
+      }
+      const std::uint32_t token = simt::thread() / kPairs + i * (kTileThreads / kPairs);
+      words[token * kTokenStride + simt::thread() % kPairs] = upper;
+      words[(kTileTokens + token) * kTokenStride + simt::thread() % kPairs] = lower;
+    }
+    std::uint32_t* rows = words + 2 * kTileTokens * kTokenStride + simt::thread() % kTwoColumns * 2;
+    KVS_UNROLL
+    for (std::uint32_t i = 0; i < kOwnWeights; ++i) {
+      std::uint32_t* row = rows + (simt::thread() + i * kTileThreads) / kTwoColumns * kRowStride;
+      row[0] = (weights_[i][0] & 0xFFFF) | weights_[i][1] << 16;
+      row[1] = weights_[i][0] >> 16 | (weights_[i][1] & 0xFFFF0000);
+    }
   }
 
   KVS_DEVICE void add(const Strip& strip, const std::uint8_t* shared) {
@@ -163,61 +242,23 @@ class TensorProduct {
  private:
   static KVS_DEVICE std::uint32_t first_column() { return simt::warp() / kDown * kWarpColumns; }
 
-  // y of two neighbours, scaled as their rows of S are and shrunk into what float16 holds: the nearest, and
-  // what is left over.
-  KVS_DEVICE void load_components(const Strip& strip, std::uint32_t c, std::uint32_t* words) const {
-    const std::uint32_t pair = simt::thread() % kPairs;
-    float factors[2];
-    float shifts[2];
-    KVS_UNROLL
-    for (std::uint32_t i = 0; i < 2; ++i) {
-      const bool there = c + 2 * pair + i < strip.coded;
-      const Component component(strip.job, strip.order, there ? c + 2 * pair + i : c);
-      factors[i] = there ? strip.factor(component) * strip.job.shrink : 0;
-      shifts[i] = component.shift;
-    }
-    const float scale = level_scale(strip.job.levels - 1u);
-    const auto* from = reinterpret_cast<const std::uint32_t*>(find_numbers(strip.job, strip.numbers, c));
-    for (std::uint32_t token = simt::thread() / kPairs; token < kTileTokens; token += kTileThreads / kPairs) {
-      const bool there = token < strip.end - strip.begin;
-      const std::uint32_t both = there ? from[(strip.begin + token) * kPairs + pair] : 0;
-      std::uint32_t upper = 0, lower = 0;
-      KVS_UNROLL
-      for (std::uint32_t i = 0; i < 2; ++i) {
-        const auto number = static_cast<std::int16_t>(both >> 16 * i);
-        const float value = reconstruct(number, shifts[i], scale) * factors[i];
-        const std::uint32_t nearest = round_to_float16(value);
-        upper |= nearest << 16 * i;
-        lower |= round_to_float16(value - widen_float16_bits(nearest)) << 16 * i;
-      }
-      words[token * kTokenStride + pair] = upper;
-      words[(kTileTokens + token) * kTokenStride + pair] = lower;
-    }
+  // Two columns of a component's row, together where they can be loaded together.
+  static KVS_DEVICE std::uint32_t fetch_two(const Strip& strip, std::uint32_t c) {
+    const std::uint32_t column = simt::thread() % kTwoColumns * 2;
+    if (column >= strip.columns) return 0;
+    const auto* matrix = reinterpret_cast<const std::uint16_t*>(strip.job.matrix) + strip.first + column;
+    const std::uint16_t* from = matrix + number_of(strip.order[c]) * strip.n;
+    if (strip.job.dim % 2 == 0) return *reinterpret_cast<const std::uint32_t*>(from);
+    return from[0] | (column + 1 < strip.columns ? static_cast<std::uint32_t>(from[1]) << 16 : 0);
   }
 
-  // Two columns of two neighbours' rows at a time where both can be loaded together.
-  KVS_DEVICE void load_rows(const Strip& strip, std::uint32_t c, std::uint32_t* rows) const {
-    const auto* matrix = reinterpret_cast<const std::uint16_t*>(strip.job.matrix) + strip.first;
-    const bool together = strip.job.dim % 2 == 0;
-    for (std::uint32_t item = simt::thread(); item < kPairs * kTileColumns / 2; item += kTileThreads) {
-      const std::uint32_t pair = item / (kTileColumns / 2), column = item % (kTileColumns / 2) * 2;
-      std::uint32_t found[2];  // of a component: two columns
-      KVS_UNROLL
-      for (std::uint32_t i = 0; i < 2; ++i) {
-        const bool there = c + 2 * pair + i < strip.coded && column < strip.columns;
-        const std::uint64_t component = there ? strip.order[strip.job.order + c + 2 * pair + i] : 0;
-        const std::uint16_t* from = matrix + component * strip.n() + column;
-        found[i] = 0;
-        if (there && together) found[i] = *reinterpret_cast<const std::uint32_t*>(from);
-        if (there && !together) {
-          found[i] = from[0] | (column + 1 < strip.columns ? static_cast<std::uint32_t>(from[1]) << 16 : 0);
-        }
-      }
-      rows[pair * kRowStride + column] = (found[0] & 0xFFFF) | found[1] << 16;
-      rows[pair * kRowStride + column + 1] = found[0] >> 16 | (found[1] & 0xFFFF0000);
-    }
-  }
+  static constexpr std::uint32_t kTwoColumns = kTileColumns / 2;
+  static constexpr std::uint32_t kOwnNumbers = kTileTokens * kPairs / kTileThreads;
+  static constexpr std::uint32_t kOwnWeights = kTwoColumns * kPairs / kTileThreads;
 
+  float factors_[2], shifts_[2];
+  std::uint32_t numbers_[kOwnNumbers];
+  std::uint32_t weights_[kOwnWeights][2];
   float sums_[kAcross][4] = {};
 };
 

@@ -67,15 +67,14 @@ struct MultiplyWide {
   }
 
   KVS_DEVICE void multiply(const KvsScalableJob& job, const Tile& tile, std::uint32_t column) const {
-    const std::uint32_t columns = job.dim - column < kTileColumns ? job.dim - column : kTileColumns;
-    const std::uint32_t coded = job.coded[job.levels - 1];
-    const Strip strip{job,     numbers, order, tile.begin, tile.end, tile.first * job.dim + column,
-                      columns, coded};
+    const Strip strip(job, numbers, order, tile, column);
     Product product;
-    for (std::uint32_t c = 0; c < coded; c += kLanes) {
+    if (strip.coded != 0) product.fetch(strip, 0);
+    for (std::uint32_t c = 0; c < strip.coded; c += kLanes) {
       simt::sync_block();  // the step before has read what this one overwrites
-      product.load(strip, c, simt::shared_memory());
+      product.put(strip, simt::shared_memory());
       simt::sync_block();
+      if (c + kLanes < strip.coded) product.fetch(strip, c + kLanes);  // arrives while this step multiplies
       product.add(strip, simt::shared_memory());
     }
     product.store(strip, shared_x() + column, job.dim);

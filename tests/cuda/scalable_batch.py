@@ -265,4 +265,4 @@ def numbers_of(decoded: Decoded, job: int) -> Iterator[tuple[int, npt.NDArray[np
     tokens, first = int(fields["tokens"]), int(fields["numbers"])
     for c in range(fields["coded"][fields["levels"] - 1]):
         begin = first + c // 32 * 32 * tokens + c % 32
-        yield int(decoded.order[int(fields["order"]) + c]), decoded.numbers[begin : begin + 32 * tokens : 32]
+        yield int(decoded.order[int(fields["order"]) + c]) & 0xFFFF, decoded.numbers[begin : begin + 32 * tokens : 32]
