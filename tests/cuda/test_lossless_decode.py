@@ -201,10 +201,15 @@ def test_the_head_dims_of_real_models_decode(device: Device) -> None:
         assert_decodes(device, LosslessCodec().encode(values), values, Arrangement(block_tokens=16))
 
 
-def test_values_near_zero_take_their_exponents_modulo_256(device: Device) -> None:
-    values = RNG.integers(0, 0x0800, (1, 1, 40, 1, 64)).astype(np.uint16)
-    values[0, 0, :, 0, ::2] |= RNG.choice(np.array([0, 0x8000], np.uint16), (40, 32))
-    assert_decodes(device, LosslessCodec().encode(values), values)
+@pytest.mark.parametrize("top", [0, 3, 9, 12, 14, 15])
+def test_values_near_zero_take_their_exponents_modulo_256(device: Device, top: int) -> None:
+    shape = (1, 1, 80, 1, 64)
+    values = RNG.integers(max(0, top - 3) << 7, (top + 1) << 7, shape).astype(np.uint16)
+    values[0, 0, 7::40] = RNG.choice(np.array([0x7FC1, 0x7FFF, 0x4000], np.uint16), (2, 1, 64))
+    values |= RNG.choice(np.array([0, 0x8000], np.uint16), shape)
+    payload = LosslessCodec().encode(values)
+    assert payload[4] == 1  # coded
+    assert_decodes(device, payload, values)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,16 +281,39 @@ def words_and_escapes(stream: bytes) -> tuple[int, int]:
     return words, escapes
 
 
+def put_in(stream: bytes, words: bytes, escapes: bytes) -> bytes:
+    """`stream`, of `BLOCK`, with more words and escapes behind those that it has."""
+    counts = np.frombuffer(stream[4:12], "<u4")
+    rows = 12 + 4 * 32 + 2 * int(counts[0])
+    end = rows + 21 * 72 + 96 * (5 + stream[2]) // 8 + int(counts[1])
+    more = (counts + np.array([len(words) // 2, len(escapes)])).astype("<u4").tobytes()
+    changed = stream[:4] + more + stream[12:rows] + words + stream[rows:end] + escapes
+    return changed + bytes(-len(changed) % 4)
+
+
+def test_words_or_escapes_that_are_left_over_are_refused(device: Device) -> None:
+    assert put_in(STREAM, b"", b"") == STREAM
+    streams = [put_in(STREAM, bytes(2), b""), put_in(STREAM, bytes(4), b""), put_in(STREAM, b"", bytes(1))]
+    assert [verdict(stream, BLOCK.shape)[0] for stream in streams] == [13, 13, 13]
+    for skew in (0, 2):
+        assert_same_verdicts(device, streams, BLOCK.shape, replace(PLAIN, skew=skew))
+
+
 @pytest.mark.parametrize(("words", "escapes"), [(-2, 4), (-1, 2), (1, -2), (2, -4), (-1, 0), (0, -1)])
-def test_a_stream_that_has_other_counts_and_the_same_length_is_refused(
-    device: Device, words: int, escapes: int
-) -> None:
-    had_words, had_escapes = words_and_escapes(STREAM)
-    assert had_escapes >= 4
-    counts = np.array([had_words + words, had_escapes + escapes], "<u4").tobytes()
+def test_a_stream_with_other_counts_and_the_same_length_is_refused(device: Device, words: int, escapes: int) -> None:
+    counts = (np.frombuffer(STREAM[4:12], "<u4") + np.array([words, escapes])).astype("<u4").tobytes()
     changed = STREAM[:4] + counts + STREAM[12:]
     for skew in (0, 2):
         assert_same_verdicts(device, [changed], BLOCK.shape, replace(PLAIN, skew=skew))
+
+
+def test_states_out_of_range_or_with_another_end_are_refused_where_all_else_fits(device: Device) -> None:
+    # One value in table 13. Symbol 2 begins at slot 0, so that the state 0 is 0 again and the word 0x8000 ends it; the
+    # largest state needs no word and ends where no encoder begins.
+    low = bytes([1, 127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80, 0, 13])
+    high = bytes([1, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x7F, 0, 13, 0, 0])
+    assert [verdict(stream, (1, 1, 1, 1, 1))[0] for stream in (low, high)] == [13, 13]
+    assert_same_verdicts(device, [low, high], (1, 1, 1, 1, 1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
