@@ -308,10 +308,10 @@ def test_a_stream_with_other_counts_and_the_same_length_is_refused(device: Devic
 
 
 def test_states_out_of_range_or_with_another_end_are_refused_where_all_else_fits(device: Device) -> None:
-    # One value in table 13. Symbol 2 begins at slot 0, so that the state 0 is 0 again and the word 0x8000 ends it; the
-    # largest state needs no word and ends where no encoder begins.
+    # One value in table 13. Symbol 2 begins at slot 0, so that the state 0 is 0 again and the word 0x8000 ends it. A
+    # large state with symbol 5 needs no word and ends where no encoder begins.
     low = bytes([1, 127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x80, 0, 13])
-    high = bytes([1, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0x7F, 0, 13, 0, 0])
+    high = bytes([1, 127, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x70, 0xF5, 0xFF, 0x7F, 0, 13, 0, 0])
     assert [verdict(stream, (1, 1, 1, 1, 1))[0] for stream in (low, high)] == [13, 13]
     assert_same_verdicts(device, [low, high], (1, 1, 1, 1, 1))
 
