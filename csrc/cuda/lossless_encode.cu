@@ -3,8 +3,7 @@
 // 1. LosslessClassKernel, a warp for each block of 32 components: counts, chooses the classes, packs the low
 //    bits. No block of components waits for another.
 // 2. LosslessCodeKernel, a warp for each head, from the last block and token to the first, as rANS wants it.
-// 3. LosslessAssembleKernel, eight blocks of threads for each head: the streams' lengths are known now, so
-// that
+// 3. LosslessAssembleKernel, eight blocks of threads for each head: how long the streams are is known now, so
 //    they are put side by side into the payload. That may as well be pinned host memory: every byte is
 //    written once, and none is read.
 //
