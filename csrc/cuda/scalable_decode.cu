@@ -1,4 +1,13 @@
 // Decoding codec 3: numbers of all streams, then values by span.
+//
+// What the arithmetic predicts for an H100 (132 SMs x 128 lanes x 1.755 GHz = 29.6 T instructions/s, 70 % of
+// them issued), in bf16 out with enough chunks to fill it; not measured. Uncalibrated or span channel: a
+// component costs 40 instructions where level 0 codes it, 46 at each other level, and 35 to become a value
+// (scalable_levels.h, scalable_rows.h). Coded everywhere at three levels that is 167: 250 GB/s; as
+// calibrations have it (60, 85 and 97 % coded) 143: 290 GB/s with three levels, 420 with two, 700 with base
+// alone. Device memory: 15 bytes a value of three levels, 1.9 TB/s of the 3.35 there are. Spans group and all
+// add the product: 35 TFLOP of float16 for 128K tokens of an 8B model at four layers a group; at 450 TFLOP/s
+// 78 ms, as much as 220 GB/s, less for each component that is not coded.
 
 #include "api.h"
 #include "launch.h"

@@ -5,11 +5,13 @@
 // scratch as [block][token][32 lanes]: a row is one store of 64 bytes, and what the transform multiplies with
 // is one piece.
 //
-// What it costs. Of a row of level 0: some 30 instructions, two loads from tables (a byte, then a word), one
-// from the ring of words. Of a row of level 1 or 2: some 40, two loads from shared memory, one from scratch.
-// Bytes of device memory for a value of three levels: 2 written, 2 + 2 read and written twice, and its share
-// of the bitstream; words come in whole lines, a line ahead. Three levels are serial (states carry on), so a
-// warp's time is rows x levels x latency (about 150 cycles), and 32 warps on an SM hide it.
+// What it costs, as PTX counts: a row of level 0 takes 40 instructions, two loads from tables (a byte, then a
+// word) and one from the ring of words; a row of level 1 or 2 takes 46, with one load of thresholds, one of a
+// word, one of the coarse number. Device memory: 2 bytes written by level 0, 4 read and written by each other
+// level, and the bitstream once, in whole lines that are asked for 64 words ahead. Levels are serial, as are
+// rows (states carry on): some 150 cycles each, which the 32 warps of an SM hide: they issue 40 instructions
+// each in 320 cycles of a scheduler. One chunk alone (64 streams of 256 tokens x 1,024 components for an 8B
+// model) has too few warps to hide it: some 2 ms.
 //
 // Shared memory: thresholds, 1.5 KB; tables of the smallest kMostShared classes that are coded at level 0, 5
 // KB each (frequent: most components are small; the others are read through L1); for each warp 448 bytes: its

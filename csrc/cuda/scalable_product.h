@@ -3,6 +3,10 @@
 // takes matrices of float16, which is what calibrations hold: y goes in as a sum of two float16, so that
 // products are exact to 22 bits and the sum is a float's; two tensor instructions for what one would do with
 // half the bits.
+//
+// Sums are taken in another order than the host's: before rounding they differ by less than 2^-20 of the
+// largest value; of bf16 values 1 in 2,000 comes out as the neighbour (1,024 components, either product: it
+// is the order, not float16, that does it).
 #pragma once
 
 #include "scalable_finish.h"
