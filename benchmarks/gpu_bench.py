@@ -134,10 +134,10 @@ def measure(bench: Bench, models: tuple[Model, ...], counts: tuple[int, ...]) ->
     print_limits(limits)
     found: dict[str, Any] = {"limits": limits, "codec": [], "slab_to_block": [], "to_come": TO_COME}
     for model in models:
-        for row in measure_model(bench, model, counts):
+        sections = Sections.draw(model, DISTINCT[model.name])
+        for row in measure_codec(bench, sections, counts):
             print_row(row, limits)
             found["codec"].append(row)
-        sections = Sections.draw(model, DISTINCT[model.name])
         for chunks in PATH_CHUNKS if bench.device.type == "cuda" else counts[:1]:
             if bench.allows(f"slab to block, {model.name}, {chunks} chunks", 1.8 * chunks * model.chunk_bytes):
                 path = {"model": model.name, **measure_path(bench.library, sections, chunks, bench.device)}
@@ -146,14 +146,13 @@ def measure(bench: Bench, models: tuple[Model, ...], counts: tuple[int, ...]) ->
     return found
 
 
-def measure_model(bench: Bench, model: Model, counts: tuple[int, ...]) -> Iterator[Row]:
+def measure_codec(bench: Bench, sections: Sections, counts: tuple[int, ...]) -> Iterator[Row]:
     """Lossless at all counts; every lossy profile at those that show where it saturates."""
-    sections = Sections.draw(model, DISTINCT[model.name])
     for work in (bench.decode, bench.encode):
         yield from filter(None, (work(sections, chunks) for chunks in counts))
     few = [chunks for chunks in counts if chunks in LOSSY_CHUNKS]
     for calibrated, names in ((True, PROFILES), (False, {"uncalibrated": 3})):
-        lossy = draw_lossy(model, DISTINCT_LOSSY, calibrated=calibrated)
+        lossy = draw_lossy(sections.model, DISTINCT_LOSSY, calibrated=calibrated)
         for profile, levels in names.items():
             yield from filter(None, (bench.decode_lossy(profile, lossy, levels, chunks) for chunks in few))
 
