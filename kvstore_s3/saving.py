@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,9 +34,6 @@ from kvstore_s3.shards import KnownShards
 from kvstore_s3.transfer.uploader import Uploader, UploadJob
 
 log = logging.getLogger("kvstore_s3")
-
-_NICER = 10
-"""By how much the threads that encode are nicer than others: a tenth of a core where those want all of it."""
 
 _Job = UploadJob[tuple[bytearray, SectionTable], int]
 
@@ -71,8 +66,7 @@ class Saver:
         layout = namespace.layout
         self._rotation = Rotation.from_layout(layout) if scalable else Rotation.none(layout.layers)
         cores = settings.codec_threads or os.cpu_count() or 1
-        # Threads apart, of a lower priority: neither a load nor an engine's model waits for a save.
-        self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode", initializer=_stand_back)
+        self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode")  # apart: a load does not wait for a save
         self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, count, encoders=cores)
         self._described = self._told_misfit = False
 
@@ -169,13 +163,6 @@ class Saver:
             await self._objects.put(f"{name.hex}/namespace.json", name.to_json().encode("ascii"))
             self._described = True
         await self._shards.mark(shard)
-
-
-def _stand_back() -> None:
-    if sys.platform == "linux":  # elsewhere a priority is the whole process's
-        with suppress(OSError):
-            thread = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICER)
 
 
 def fits_shard(calibration: Calibration, shard: Shard, layout: KVLayout) -> bool:
