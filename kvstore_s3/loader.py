@@ -23,7 +23,6 @@ from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.metrics import Count
-from kvstore_s3.objectstore.awaiting import start_threads
 from kvstore_s3.objectstore.base import ObjectStore
 from kvstore_s3.pace import Pace
 from kvstore_s3.quality import Quality
@@ -67,7 +66,6 @@ class Loader:
         self._count = count
         cores = settings.codec_threads or os.cpu_count() or 1
         self._chunks_at_once = settings.download_concurrency + cores
-        self._decoders = cores
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
         self._on_devices: dict[torch.device, DeviceDecoder] = {}
         self._recycler = Recycler(settings.reuse_bytes)
@@ -142,15 +140,16 @@ class Loader:
         return all(self._reader.is_near(tile.object_key, 0, tile.table.object_length) for tile in tiles)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have what a load of so many tokens into a sink takes, threads and memory, before the first waits for it."""
-        await asyncio.to_thread(start_threads, self._threads, self._decoders)
-        chunks = min(-(-tokens // self._chunk_tokens), self._chunks_at_once)
+        """Have the memory that a load of so many tokens into a sink takes before the first load waits for it."""
+        size = 2 * self._shard.layers * self._chunk_tokens * self._shard.heads * self._layout.head_dim
+        kept = self._settings.reuse_bytes // (size * self._layout.itemsize)
+        chunks = min(-(-tokens // self._chunk_tokens), self._chunks_at_once, kept)
         values = [self.empty(self._shard.layers, self._chunk_tokens) for _ in range(chunks)]
         slab = self.slabs.try_acquire(min(self.slabs.budget, 2 * self._settings.range_bytes))
 
         def touch() -> None:
             for chunk in values:
-                chunk.view(torch.uint8).zero_()
+                chunk.view(torch.uint8).numpy().fill(0)  # torch would start threads of its own for it
             if slab is not None:
                 slab.view[:] = bytes(len(slab.view))
 

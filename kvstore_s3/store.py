@@ -249,7 +249,7 @@ class KVStore:
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
     async def warm_up(self, tokens: int) -> None:
-        """Have what a load of so many tokens into a sink takes, threads and memory, before the first waits for it."""
+        """Have the memory that a load of so many tokens into a sink takes before the first load waits for it."""
         await self._loader.warm_up(tokens)
 
     def is_near(self, hit: Hit) -> bool:

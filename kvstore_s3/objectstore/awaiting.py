@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from typing import TypeVar
 
 from kvstore_s3.errors import StoreUnavailableError
 
 T = TypeVar("T")
-
-_MEETING_S = 1.0
 
 
 async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | None = None) -> T:
@@ -42,18 +37,3 @@ async def finish(awaitable: Awaitable[T], *, on_cancel: Callable[[], object] | N
         raise cancellation
     finally:
         del cancellation  # it refers to this frame: the cycle would keep the caller's buffers until the next collection
-
-
-def start_threads(pool: ThreadPoolExecutor, number: int) -> None:
-    """Have `number` threads of a pool run; blocking, for a moment. Nothing where the pool was shut down.
-
-    A pool starts its threads one by one, each when work comes, and who brings the work waits for it.
-    """
-    met = threading.Barrier(number)
-
-    def meet() -> None:
-        with suppress(threading.BrokenBarrierError):  # some are busy, or the pool was shut down meanwhile
-            met.wait(_MEETING_S)
-
-    with suppress(RuntimeError):
-        wait([pool.submit(meet) for _ in range(number)])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from kvstore_s3.objectstore.awaiting import finish, start_threads
+from kvstore_s3.objectstore.awaiting import finish
 
 T = TypeVar("T")
 
@@ -16,14 +16,9 @@ class Background:
     """Reads and writes have threads of their own: a write that waits for a lock holds up no read."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._threads = threads
         self._reading = ThreadPoolExecutor(threads, f"kvstore-s3-{name}-read")
         self._writing = ThreadPoolExecutor(threads, f"kvstore-s3-{name}-write")
         self._tasks: set[asyncio.Task[Any]] = set()
-
-    async def get_ready(self) -> None:
-        """Start the threads that read, so that no lookup waits for it."""
-        await finish(asyncio.to_thread(start_threads, self._reading, self._threads))
 
     async def read(self, work: Callable[[], T]) -> T:
         """Do `work` in a thread, to its end even when cancelled: it may be writing into a caller's buffer."""

@@ -148,7 +148,6 @@ class NvmeTier:
         try:
             with self._index.listing():
                 listing = await self._background.write(self._files.open)
-                await self._background.get_ready()
                 self._index.add_found(listing.found, self._leaving, time.monotonic())
         except OSError as error:
             self._failed(error, self._writes, "write")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from kvstore_s3.errors import StoreUnavailableError
-from kvstore_s3.objectstore.awaiting import finish, start_threads
+from kvstore_s3.objectstore.awaiting import finish
 
 
 async def test_the_result_is_returned_and_an_error_raised() -> None:
@@ -65,23 +63,3 @@ async def test_work_that_somebody_else_cancelled_is_an_error_and_no_cancellation
     work.cancel()
     with pytest.raises(StoreUnavailableError, match="closed"):
         await waiting
-
-
-def test_all_threads_of_a_pool_run_before_there_is_work_for_them() -> None:
-    with ThreadPoolExecutor(3, "get-ready") as pool:
-        start_threads(pool, 3)
-        assert sum(thread.name.startswith("get-ready") for thread in threading.enumerate()) == 3
-
-
-def test_a_pool_whose_threads_are_busy_holds_nobody_up_for_long() -> None:
-    busy = threading.Event()
-    with ThreadPoolExecutor(2) as pool:
-        pool.submit(busy.wait)
-        threading.Timer(0.2, busy.set).start()
-        start_threads(pool, 2)
-
-
-def test_a_pool_that_was_shut_down_starts_nothing() -> None:
-    pool = ThreadPoolExecutor(2)
-    pool.shutdown()
-    start_threads(pool, 2)

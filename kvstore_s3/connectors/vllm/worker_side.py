@@ -28,7 +28,6 @@ from kvstore_s3.connectors.vllm.paged import PagedCache
 from kvstore_s3.connectors.vllm.plans import failed_blocks
 from kvstore_s3.connectors.vllm.saves import SaveBudget, Saver
 from kvstore_s3.connectors.vllm.stats import Tally
-from kvstore_s3.objectstore.awaiting import start_threads
 from kvstore_s3.runtime import SyncKVStore
 
 _WRITERS = 2
@@ -65,7 +64,6 @@ class WorkerSide:
         self._saver = Saver(store.kv, health, tally, on_end=self._note_save)
         self._writer = ThreadPoolExecutor(_WRITERS, "kvstore-s3-pages")
         self._waiter = ThreadPoolExecutor(1, "kvstore-s3-steps")
-        start_threads(self._writer, _WRITERS)
         self._under_way: set[concurrent.futures.Future[None]] = set()
         self._loads: dict[str, LoadUnderWay] = {}
         self._broken: set[str] = set()
