@@ -21,12 +21,13 @@ Block = npt.NDArray[np.uint8]
 class Recycler:
     """Gives out memory, and takes it back when its last tensor or view is gone, in whatever thread that is.
 
-    At most `budget` bytes wait to be used again; what comes back beyond them goes to the system.
+    At most `budget` bytes wait to be used again; what has waited longest goes to the system for what comes back.
     """
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._waiting: list[Block] = []
+        self._waiting: dict[int, Block] = {}
+        """By id, the longest waiting first."""
         self._bytes = 0
         # Reentrant: the collector may give a block back in the middle of `_take`, in the same thread.
         self._lock = threading.RLock()
@@ -60,19 +61,20 @@ class Recycler:
     def _take(self, size: int) -> Block | None:
         """The smallest block that waits and is large enough, but not more than twice so."""
         with self._lock:
-            best = -1
-            for number, block in enumerate(self._waiting):
-                fits = size <= len(block) <= 2 * size
-                if fits and (best < 0 or len(block) < len(self._waiting[best])):
-                    best = number
-            if best < 0:
+            fitting = [block for block in list(self._waiting.values()) if size <= len(block) <= 2 * size]
+            if not fitting:
                 return None
-            found = self._waiting.pop(best)
-            self._bytes -= len(found)
+            best = min(fitting, key=len)
+            found = self._waiting.pop(id(best), None)
+            if found is not None:  # else it made room for what the collector gave back just now
+                self._bytes -= len(found)
             return found
 
     def _give_back(self, block: Block) -> None:
         with self._lock:
-            if self._bytes + len(block) <= self._budget:
-                self._waiting.append(block)
-                self._bytes += len(block)
+            if len(block) > self._budget:
+                return
+            while self._bytes + len(block) > self._budget:
+                self._bytes -= len(self._waiting.pop(next(iter(self._waiting))))
+            self._waiting[id(block)] = block
+            self._bytes += len(block)

@@ -95,3 +95,14 @@ def test_threads_may_drop_what_another_one_took() -> None:
         del tensor
     thread.join()
     assert recycler.waiting_bytes <= 64 * MiB
+
+
+def test_what_has_waited_longest_makes_room_for_what_comes_back() -> None:
+    recycler = Recycler(10 * MiB)
+    large = recycler.empty((8 * MiB,), torch.uint8)
+    del large
+    small = recycler.empty((3 * MiB,), torch.uint8)
+    address = small.data_ptr()
+    del small
+    assert recycler.waiting_bytes == 3 * MiB, "not both fit"
+    assert recycler.empty((3 * MiB,), torch.uint8).data_ptr() == address

@@ -1,5 +1,6 @@
-// Runs a kernel on the host: each thread of a block is a fibre, and a collective is where fibres wait for each other.
-// Slow, exact, and strict: lanes that meet at different collectives, or leave while others wait, stop the program.
+// Runs a kernel on the host: each thread of a block is a fibre, and a collective is where fibres wait for
+// each other. Slow, exact, and strict: lanes that meet at different collectives, or leave while others wait,
+// stop the program.
 #pragma once
 
 #include <ucontext.h>
@@ -132,8 +133,8 @@ inline void run_block(Block& block, const std::function<void()>& body) {
   block_of_thread = nullptr;
 }
 
-// Runs `kernel` in `blocks` blocks of `threads` threads, one block after the other. Shared memory is filled with
-// 0xA5 first: nothing may be expected of it.
+// Runs `kernel` in `blocks` blocks of `threads` threads, one block after the other. Shared memory is filled
+// with 0xA5 first: nothing may be expected of it.
 template <typename Kernel>
 void launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes) {
   if (threads == 0 || threads % kWarp != 0) {
@@ -141,7 +142,8 @@ void launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, s
     std::abort();
   }
   std::vector<std::uint64_t> shared((shared_bytes + 7) / 8 + 2);
-  auto* aligned = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(shared.data()) + 15) & ~std::uintptr_t{15});
+  auto* aligned = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(shared.data()) + 15) &
+                                                  ~std::uintptr_t{15});
   Block state{};
   state.blocks = blocks;
   state.threads = threads;

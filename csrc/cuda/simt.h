@@ -1,8 +1,9 @@
-// What kernels say to the machine they run on: a GPU, or the emulator (emulator.h), which runs the same source on
-// the host, so that every golden payload goes through the kernels where there is no GPU.
+// What kernels say to the machine they run on: a GPU, or the emulator (emulator.h), which runs the same
+// source on the host, so that every golden payload goes through the kernels where there is no GPU.
 //
 // The surprises first:
-// - Every collective takes part of all 32 lanes of a warp, and of all threads of a block where it says so. A kernel
+// - Every collective takes part of all 32 lanes of a warp, and of all threads of a block where it says so. A
+// kernel
 //   whose lanes part ways before one is wrong; the emulator says so and stops.
 // - Shared memory is dynamic alone: one piece, cut up by the kernel.
 // - Kernels are functors with `operator()` const, KVS_DEVICE, whose members are their arguments.
@@ -57,23 +58,26 @@ inline std::uint32_t blocks() { return emulator::current_block().blocks; }
 inline std::uint8_t* shared_memory() { return emulator::current_block().shared; }
 
 inline std::uint32_t ballot(bool yes) {
-  return emulator::meet_warp(emulator::Meeting::kBallot, yes ? 1 : 0, [](const std::uint32_t* given, std::uint32_t) {
-    std::uint32_t found = 0;
-    for (std::uint32_t i = 0; i < kWarp; ++i) found |= given[i] << i;
-    return found;
-  });
+  return emulator::meet_warp(emulator::Meeting::kBallot, yes ? 1 : 0,
+                             [](const std::uint32_t* given, std::uint32_t) {
+                               std::uint32_t found = 0;
+                               for (std::uint32_t i = 0; i < kWarp; ++i) found |= given[i] << i;
+                               return found;
+                             });
 }
 inline std::uint32_t shuffle(std::uint32_t value, std::uint32_t lane) {
-  return emulator::meet_warp(emulator::Meeting::kShuffle, value,
-                             [lane](const std::uint32_t* given, std::uint32_t) { return given[lane & (kWarp - 1)]; });
+  return emulator::meet_warp(
+      emulator::Meeting::kShuffle, value,
+      [lane](const std::uint32_t* given, std::uint32_t) { return given[lane & (kWarp - 1)]; });
 }
 inline std::uint32_t shuffle_xor(std::uint32_t value, std::uint32_t mask) {
-  return emulator::meet_warp(emulator::Meeting::kShuffleXor, value, [mask](const std::uint32_t* given, std::uint32_t own) {
-    return given[(own ^ mask) & (kWarp - 1)];
-  });
+  return emulator::meet_warp(
+      emulator::Meeting::kShuffleXor, value,
+      [mask](const std::uint32_t* given, std::uint32_t own) { return given[(own ^ mask) & (kWarp - 1)]; });
 }
 inline void sync_warp() {
-  emulator::meet_warp(emulator::Meeting::kSyncWarp, 0, [](const std::uint32_t*, std::uint32_t) { return 0u; });
+  emulator::meet_warp(emulator::Meeting::kSyncWarp, 0,
+                      [](const std::uint32_t*, std::uint32_t) { return 0u; });
 }
 inline void sync_block() { emulator::meet_block(); }
 inline std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
@@ -86,7 +90,9 @@ inline std::uint32_t atomic_max(std::uint32_t* to, std::uint32_t value) {
   if (value > before) *to = value;
   return before;
 }
-inline std::uint32_t count_bits(std::uint32_t bits) { return static_cast<std::uint32_t>(__builtin_popcount(bits)); }
+inline std::uint32_t count_bits(std::uint32_t bits) {
+  return static_cast<std::uint32_t>(__builtin_popcount(bits));
+}
 
 #endif
 

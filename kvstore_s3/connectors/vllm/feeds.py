@@ -79,7 +79,7 @@ class Measured(Protocol):
 
 
 class StoreFeed:
-    """Counters and gauges of one KVStore, at most every `interval_s` seconds. For one thread.
+    """Counters and gauges of one KVStore, every `interval_s` seconds and when something ended. For one thread.
 
     A step of a busy engine takes milliseconds; asking the store at each would be work for nothing.
     """

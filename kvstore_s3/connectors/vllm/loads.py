@@ -69,14 +69,15 @@ class LoadUnderWay:
     reason: str | None = None
     near: bool = False
     begun: float = 0.0
+    ended: float = 0.0
     task: asyncio.Task[None] | None = None
     revoked: bool = False
 
-    def report(self, now: float) -> LoadReport:
+    def report(self) -> LoadReport:
         good, reason = (self.order.tokens.begin, "aborted") if self.revoked else (self.good, self.reason)
         if good == self.order.tokens.end:
             reason = None
-        return LoadReport(self.order.request_id, good, reason, self.quality, now - self.begun, self.near)
+        return LoadReport(self.order.request_id, good, reason, self.quality, self.ended - self.begun, self.near)
 
 
 class Loader:
@@ -128,6 +129,7 @@ class Loader:
             if not fill.cancelled() or _is_cancelling():
                 raise
         finally:
+            load.ended = time.monotonic()  # the engine may take a long step before it hears of it
             self._on_end(load)  # first, so that who waits for the gate finds it done
             load.gate.end()
 

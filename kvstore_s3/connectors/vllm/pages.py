@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Bits = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +60,13 @@ def read_blocks(cache: Tensor, block_ids: Sequence[int], packing: Packing, *, ou
     [2, len(block_ids) * block tokens, kv heads, head dim], of the same dtype. Bits are kept.
     """
     for stored, rows in _matching_views(cache, block_ids, packing, out):
-        rows.copy_(stored)
+        np.copyto(rows, stored)
 
 
 def write_blocks(cache: Tensor, block_ids: Sequence[int], packing: Packing, *, kv: Tensor) -> None:
     """Pack canonical `kv` into whole blocks of one layer; shapes as in `read_blocks`. No other block is touched."""
     for stored, rows in _matching_views(cache, block_ids, packing, kv):
-        stored.copy_(rows)
+        np.copyto(stored, rows)
 
 
 def read_tokens(
@@ -106,12 +110,14 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 
 def _matching_views(
     cache: Tensor, block_ids: Sequence[int], packing: Packing, kv: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Bits, Bits]]:
     """Pair each half of each page with its rows of canonical `kv`, as views of one shape.
 
     The shape is [*token axes, kv heads, *dim axes]: copying one into the other packs or unpacks. Page by page, because
-    a gather of pages would cost one more pass over memory.
+    a gather of pages would cost one more pass over memory. The views are numpy's: torch would copy with OpenMP, whose
+    threads, one set for each thread that copies, would take the model's cores.
     """
+    cache, kv = _as_integers(cache), _as_integers(kv)
     blocks, heads, block_tokens, width = cache.shape
     head_dim = width // 2
     halves = cache.view(blocks, heads, 2, block_tokens * head_dim)
@@ -121,7 +127,12 @@ def _matching_views(
         stored = halves[:, :, half].view(blocks, heads, *axes.shape)
         rows = kv[half].view(len(block_ids), *axes.sizes(axes.tokens), heads, *axes.sizes(axes.dims))
         for row, block in enumerate(block_ids):
-            yield stored[block].permute(to_rows), rows[row]
+            yield stored[block].permute(to_rows).numpy(), rows[row].numpy()
+
+
+def _as_integers(values: Tensor) -> Tensor:
+    """The same bits in a dtype that numpy has."""
+    return values.view(getattr(torch, f"int{8 * values.itemsize}"))
 
 
 def _parse(order: str, block_tokens: int, head_dim: int) -> _Axes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -219,7 +218,7 @@ class WorkerSide:
         result_or_none(future)
 
     def _settle(self, load: LoadUnderWay) -> None:
-        order, report = load.order, load.report(time.monotonic())
+        order, report = load.order, load.report()
         del self._loads[order.request_id]
         self._failed_blocks |= failed_blocks(
             order.tokens, report.good, order.block_ids, block_tokens=self._block_tokens
