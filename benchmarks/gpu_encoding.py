@@ -8,26 +8,7 @@ import numpy as np
 import torch
 from gpu_cases import PagedCache, Sections
 
-from kvstore_s3.codec.device.library import Library
-
-ENCODE_JOB = np.dtype(
-    [
-        ("payload", np.uint64),
-        ("scratch", np.uint64),
-        ("tokens", np.uint32),
-        ("token_begin", np.uint32),
-        ("layer_begin", np.uint32),
-        ("head", np.uint32),
-        ("heads", np.uint32),
-        ("index", np.uint32),
-        ("layers", np.uint16),
-        ("kind_begin", np.uint8),
-        ("kinds", np.uint8),
-        ("reserved", np.uint32),
-    ],
-    align=True,
-)
-"""`KvsLosslessEncodeJob`."""
+from kvstore_s3.codec.device.library import LOSSLESS_ENCODE_JOB, Library
 
 
 def scratch_bytes(library: Library, components: int, tokens: int) -> int:
@@ -49,7 +30,7 @@ class LosslessEncoding:
         self._room = (model.heads * 8 + sections.values[0].nbytes + 15) // 16 * 16
         self._payloads = torch.empty(model.groups * chunks * self._room, dtype=torch.uint8, device=device)
         scratch = scratch_bytes(library, model.group * 2 * model.dim, model.tokens)
-        jobs = np.zeros((model.groups, chunks, model.heads), ENCODE_JOB)
+        jobs = np.zeros((model.groups, chunks, model.heads), LOSSLESS_ENCODE_JOB)
         self._scratch = torch.empty(jobs.size * scratch, dtype=torch.uint8, device=device)
         number = np.arange(model.groups * chunks, dtype=np.uint64).reshape(model.groups, chunks, 1)
         jobs["payload"] = np.uint64(self._payloads.data_ptr()) + number * np.uint64(self._room)

@@ -4,7 +4,8 @@
 
 Everything is measured from outside, by the caller of a real engine in its default three processes. A hit is taken in a
 new engine process; ways take turns, so that a disturbance hits them all; figures are medians with the least and the
-most. Results: results/vllm.json and results/vllm.svg.
+most. The Zipf workload is the exception: each way runs once, one after the other. Results: results/vllm.json and
+results/vllm.svg.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def measure_layers(store: Store, model: Path, repeats: int) -> dict[str, Any]:
             for tail in TAILS:
                 kept = PROMPT[: PROMPT_TOKENS - tail]
                 prompt = [*kept, *random_tokens(tail, 1000 + number)]
-                for mode, engine in engines.items():
-                    answer = engine.ask(prompt)[0]
+                for mode in list(engines) if number % 2 else list(reversed(engines)):
+                    answer = engines[mode].ask(prompt)[0]
                     if answer.cached == len(kept) // CHUNK_TOKENS * CHUNK_TOKENS:
                         times[tail][mode].append(answer.ms)
     return {str(tail): _compare(tail, found) for tail, found in times.items()}

@@ -16,30 +16,11 @@ from hypothesis import given, settings
 
 from kvstore_s3 import _native
 from kvstore_s3.codec.base import Bits
-from kvstore_s3.codec.device.library import Pages
+from kvstore_s3.codec.device.library import LOSSLESS_ENCODE_JOB, Pages
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "codec"
 CANARY = 0xA5
 RNG = np.random.Generator(np.random.PCG64(11))
-
-JOB = np.dtype(
-    [
-        ("payload", np.uint64),
-        ("scratch", np.uint64),
-        ("tokens", np.uint32),
-        ("token_begin", np.uint32),
-        ("layer_begin", np.uint32),
-        ("head", np.uint32),
-        ("heads", np.uint32),
-        ("index", np.uint32),
-        ("layers", np.uint16),
-        ("kind_begin", np.uint8),
-        ("kinds", np.uint8),
-        ("reserved", np.uint32),
-    ],
-    align=True,
-)
-"""KvsLosslessEncodeJob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +102,7 @@ def encode(
             first_kind = section.kinds.start or 0
             addresses = (payloads[-1].address, held[-1].address)
             jobs.append((*addresses, tokens, *begin, heads, index, layers, first_kind, kinds, 0))
-    queue = device.put(np.array(jobs, JOB))
+    queue = device.put(np.array(jobs, LOSSLESS_ENCODE_JOB))
     lengths = device.put(np.zeros(len(jobs), np.uint32))
     device.library.call(
         "kvs_lossless_encode",

@@ -33,6 +33,25 @@ LOSSLESS_JOB = np.dtype(
 )
 """`KvsLosslessJob`: one head's stream, 32 bytes."""
 
+LOSSLESS_ENCODE_JOB = np.dtype(
+    [
+        ("payload", np.uint64),
+        ("scratch", np.uint64),
+        ("tokens", np.uint32),
+        ("token_begin", np.uint32),
+        ("layer_begin", np.uint32),
+        ("head", np.uint32),
+        ("heads", np.uint32),
+        ("index", np.uint32),
+        ("layers", np.uint16),
+        ("kind_begin", np.uint8),
+        ("kinds", np.uint8),
+        ("reserved", np.uint32),
+    ],
+    align=True,
+)
+"""`KvsLosslessEncodeJob`: one head of a section, 56 bytes."""
+
 
 class Pages(ctypes.Structure):
     """`KvsPages`: where values lie in the device's memory. Addresses are integers; strides count elements."""

@@ -50,6 +50,11 @@ def test_bytes_uploaded_are_left_to_the_saves():
     assert notes.counts == {}
 
 
+def bytes_read(notes: Any) -> int:
+    """From the host tier and from the store: whether the first load finds the chunk kept already is a race."""
+    return sum(notes.counts.get(f"kvstore_bytes_read/{tier}", 0) for tier in ("host", "store"))
+
+
 async def test_a_real_store_tells_of_its_bytes_by_tier_and_of_its_state():
     notes: Any = Notes()
     namespace = Namespace(model="m", revision="1", layout=LAYOUT, chunk_tokens=16)
@@ -71,14 +76,13 @@ async def test_a_real_store_tells_of_its_bytes_by_tier_and_of_its_state():
         feed.feed(now=0.5)
         assert notes.counts == before, "not before the interval is over"
         feed.feed(now=0.5, at_once=True)
-        assert notes.counts["kvstore_bytes_read/store"] > before.get("kvstore_bytes_read/store", 0)
+        assert bytes_read(notes) > kv.nbytes, "two loads, encoded"
         before = dict(notes.counts)
         feed.feed(now=1.0)
         assert notes.counts == before, "nothing was read since"
         assert torch.equal(await store.load(await store.lookup(tokens)), kv)
         feed.feed(now=1.5)
-    read = notes.counts.get("kvstore_bytes_read/host", 0) + notes.counts.get("kvstore_bytes_read/store", 0)
-    assert read > kv.nbytes, "two loads, encoded"
+    assert bytes_read(notes) > kv.nbytes * 1.5, "three loads, encoded"
 
 
 async def test_bytes_of_a_store_without_tiers_come_from_the_store():

@@ -15,6 +15,7 @@ from connectors.vllm.rig_store import Faults  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from kvstore_s3.connectors.vllm.loading import LoadsUnderWay  # noqa: E402
+from kvstore_s3.connectors.vllm.loads import LoadUnderWay  # noqa: E402
 from kvstore_s3.connectors.vllm.messages import LoadOrder, LoadReport  # noqa: E402
 from kvstore_s3.connectors.vllm.plans import TokenRange  # noqa: E402
 
@@ -119,3 +120,35 @@ def test_of_two_ranks_that_stop_at_one_token_the_one_that_found_damage_says_why(
     ended = loads.note(LoadReport("a", 2, "damaged", "lossless", 0.1, near=True))
     assert ended is not None
     assert (ended.good, ended.reason, ended.lost, ended.near) == (2, "damaged", True, False)
+
+
+def test_a_load_ends_with_its_last_page_and_not_with_the_engines_step(monkeypatch: pytest.MonkeyPatch):
+    step_s, seconds, prompt = 0.5, list[float](), tokens(200)
+    forward, report = Rig._forward, LoadUnderWay.report
+
+    def long_forward(rig: Rig, rank: Any, output: Any) -> Any:
+        rank.connector.wait_for_layer_load(rank.layer_names[0])  # pages may be written from here on
+        time.sleep(step_s)
+        return forward(rig, rank, output)
+
+    def note(load: LoadUnderWay) -> LoadReport:
+        found = report(load)
+        seconds.append(found.seconds)
+        return found
+
+    options = RigOptions(prefix_caching=False)
+    with Rig("faulty://seconds", options) as rig:
+        rig.ask(prompt)
+        rig.run()
+    with Rig("faulty://seconds", options) as rig:
+        rig.ask(tokens(50, seed=9), answer=8)
+        rig.step()
+        monkeypatch.setattr(Rig, "_forward", long_forward)
+        monkeypatch.setattr(LoadUnderWay, "report", note)
+        name = rig.ask(prompt)
+        rig.run(until=lambda: name in rig.finished, limit_s=60)
+        monkeypatch.undo()
+        rig.run()
+        assert rig.external[name] > 0
+    assert seconds
+    assert max(seconds) < step_s / 2
