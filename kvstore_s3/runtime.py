@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,14 +27,19 @@ _INHERITED = "the store belongs to the process that this one was forked from; co
 
 
 class Runtime:
-    """An event loop in a daemon thread. `close` cancels what is still running and waits for it."""
+    """An event loop in a daemon thread. `close` cancels what is still running and waits for it.
 
-    def __init__(self) -> None:
+    `initializer` is the first thing that the thread does; threads that it starts later inherit what that set.
+    """
+
+    def __init__(self, initializer: Callable[[], None] | None = None) -> None:
         self._process = os.getpid()  # a fork has no such thread
         self._closing = False
         self._submitting = threading.Lock()  # what is submitted after the loop's end would be waited for forever
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
+        if initializer is not None:
+            self._loop.call_soon(initializer)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
@@ -149,12 +154,14 @@ def connect(
     *,
     probe: bool = True,
     shard: Shard | None = None,
+    initializer: Callable[[], None] | None = None,
 ) -> Iterator[SyncKVStore]:
     """Open a store for synchronous code: `with connect("file:///dir", namespace) as store: ...`.
 
-    The arguments and the errors are those of `KVStore.open`.
+    The arguments and the errors are those of `KVStore.open`. `initializer`: called first by the thread that the store
+    will work in, as for `ThreadPoolExecutor`; the store's other threads inherit its cores and priority.
     """
-    runtime = Runtime()
+    runtime = Runtime(initializer)
     try:
         kv = KVStore.open(url, namespace, settings, probe=probe, shard=shard)
         runtime.run(kv.__aenter__())

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvstore_s3.config import load_settings
+from kvstore_s3.connectors.vllm.cores import spread_over_cores
 from kvstore_s3.connectors.vllm.feeds import StoreFeed
 from kvstore_s3.connectors.vllm.health import log, speak_through_engine
 from kvstore_s3.connectors.vllm.messages import StepOrders, StepReport
@@ -97,7 +98,14 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             shard = shard_of_rank(vllm_config, namespace.layout)
             self._tally = Tally(f"rank {vllm_config.parallel_config.rank}")
             store = self._resources.enter_context(
-                connect(options.store, namespace, worker_settings(settings, options), probe=False, shard=shard)
+                connect(
+                    options.store,
+                    namespace,
+                    worker_settings(settings, options),
+                    probe=False,
+                    shard=shard,
+                    initializer=spread_over_cores,
+                )
             )
             self._worker = make_worker_side(vllm_config, kv_cache_config, store, options, self._tally)
             self._resources.callback(self._worker.flush)

@@ -11,7 +11,6 @@ import torch
 
 from kvstore_s3.connectors.vllm.adapters import AdapterDigests
 from kvstore_s3.connectors.vllm.admission import Admission
-from kvstore_s3.connectors.vllm.cores import spread_over_cores
 from kvstore_s3.connectors.vllm.costs import PrefillMeter, recall, remember, speed_file
 from kvstore_s3.connectors.vllm.events import EventLog
 from kvstore_s3.connectors.vllm.health import StoreHealth, log
@@ -110,7 +109,6 @@ def make_worker_side(
     config: VllmConfig, kv_cache: KVCacheConfig, store: SyncKVStore, options: Options, tally: Tally
 ) -> WorkerSide:
     health = StoreHealth(store.kv.objects, store.kv.settings)
-    store.runtime.submit(spread_over_cores())
     store.runtime.submit(_get_ready(store.kv))
     if config.kv_transfer_config.is_kv_consumer:
         store.runtime.submit(store.kv.warm_up(min(config.model_config.max_model_len, _WARM_TOKENS)))
