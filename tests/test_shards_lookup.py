@@ -95,7 +95,7 @@ async def test_a_hit_of_the_reader_s_own_rectangle_waits_for_no_listing(monkeypa
             yield ObjectInfo("", 0)
 
         monkeypatch.setattr(rank.objects, "list", hang)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert (await rank.lookup(TOKENS)).tokens == WHOLE
             await listing.wait()  # and closing ends it
 

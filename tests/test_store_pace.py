@@ -148,7 +148,7 @@ async def test_what_lies_behind_a_lost_object_is_not_waited_for(
             await get_range(key, start, into)
 
         monkeypatch.setattr(store.objects, "get_range", read)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             kv = await store.load(hit, pace=pace)
         assert torch.equal(kv, draw_kv()[:, :, : 2 * 64])
         assert "loads_given_up" not in store.counters.snapshot()
@@ -180,7 +180,7 @@ async def test_what_is_cut_between_two_groups_is_not_waited_for(
         monkeypatch.setattr(store.objects, "get_range", read)
         monkeypatch.setattr(Stream, "_revise", revise)
         pace = Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS), seconds_per_layer=0.001)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             tokens = [group.tokens async for group in store.stream(hit, pace=pace)]
         assert tokens == [3 * 64] * 4
 
@@ -199,7 +199,7 @@ async def test_a_link_that_never_brought_a_byte_is_given_up_as_well(
         prefill = PrefillSpeed(seconds_per_token=0.0005)
         pace = Pace(prefill, prompt_tokens=len(TOKENS), seconds_per_layer=seconds_per_layer)
         hit = await store.lookup(TOKENS)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert (await store.load(hit, pace=pace)).shape[2] == 0
 
 

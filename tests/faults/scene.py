@@ -37,6 +37,16 @@ MARGIN_S = 1.0
 """For what is not waiting: two busy cores may be slow."""
 
 
+def measure_patience() -> float:
+    """How many times longer than on a busy machine all takes on this one now: a short time-out that ends what goes well
+    would be taken for a fault. 1 where two processes share each core.
+    """
+    begin, work = time.monotonic(), time.thread_time() + 0.02
+    while time.thread_time() < work:
+        pass
+    return min(max(1.0, (time.monotonic() - begin) / 0.02 / 2), 8.0)
+
+
 def random_kv(seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (LAYOUT.layers, 2, len(TOKENS), LAYOUT.kv_heads, LAYOUT.head_dim)
@@ -81,6 +91,7 @@ class Scene:
     server: LocalServer
     proxy: FaultProxy
     cache_dir: Path
+    patience: float = field(default_factory=lambda: measure_patience())
     prefix: str = field(default_factory=lambda: f"faults/{secrets.token_hex(6)}")
     kv: torch.Tensor = field(default_factory=random_kv)
 
@@ -89,14 +100,14 @@ class Scene:
         return f"s3://{BUCKET}/{self.prefix}"
 
     def settings(self, **overrides: object) -> Settings:
-        """Impatient ones, so that a fault that lasts costs a test a second or two."""
+        """Impatient ones, so that a fault that lasts costs a test a second or two; less so on an overloaded machine."""
         given: dict[str, object] = {
             "endpoint_url": self.proxy.endpoint,
             "layer_group": 2,
             "range_bytes": 64 * 1024,
             "connect_timeout_s": 5.0,
-            "read_timeout_s": 0.5,
-            "request_deadline_s": 4.0,
+            "read_timeout_s": 0.5 * self.patience,
+            "request_deadline_s": 4.0 * self.patience,
             "multipart_bytes": 5 * 1024 * 1024,
             "cache_dir": self.cache_dir,
         }
@@ -107,7 +118,7 @@ class Scene:
 
     async def fill(self) -> None:
         """Save the prompt, past the proxy."""
-        async with self.open(endpoint_url=self.server.endpoint, read_timeout_s=20) as store:
+        async with self.open(endpoint_url=self.server.endpoint, read_timeout_s=60, request_deadline_s=100) as store:
             assert (await store.save(TOKENS, self.kv)).chunks_new == CHUNKS
 
     @property
@@ -148,7 +159,7 @@ class Scene:
 
     def assert_in_time(self, served: Served, store: KVStore) -> None:
         """P4: lookup and load are two requests deep, and no request outlives its deadline."""
-        assert served.seconds < 2 * store.settings.request_deadline_s + MARGIN_S
+        assert served.seconds < 2 * store.settings.request_deadline_s + MARGIN_S * self.patience
 
 
 def assert_quiet(records: list[logging.LogRecord], server: LocalServer, *, most: int = 3) -> None:

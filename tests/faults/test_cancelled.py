@@ -24,7 +24,7 @@ async def test_nothing_is_written_into_the_buffer_of_a_read_that_was_cancelled(
     filled: Scene, plane: str, fault: Action
 ) -> None:
     data = await asyncio.to_thread(filled.read, filled.keys[0])
-    store = open_store(filled.url, filled.settings(data_plane=plane, read_timeout_s=5.0))
+    store = open_store(filled.url, filled.settings(data_plane=plane, read_timeout_s=20.0))
     key = filled.keys[0].removeprefix(f"{filled.prefix}/")
     buffer = bytearray(len(data))
     try:
@@ -33,13 +33,13 @@ async def test_nothing_is_written_into_the_buffer_of_a_read_that_was_cancelled(
         buffer[:] = bytes(len(data))
         with filled.proxy.fault("GetObject", fault, times=1) as rule:
             task = asyncio.create_task(store.get_range(key, 0, memoryview(buffer)))
-            assert await asyncio.to_thread(rule.first_met.wait, 5)
+            assert await asyncio.to_thread(rule.first_met.wait, 60)
             await asyncio.sleep(0.1)
             task.cancel()
             begin = asyncio.get_running_loop().time()
             await asyncio.wait([task])
             assert task.cancelled()
-            assert asyncio.get_running_loop().time() - begin < 0.5, "a cancellation waits for the network"
+            assert asyncio.get_running_loop().time() - begin < 5, "a cancellation waits for the network"
         buffer[:] = bytes(len(data))
         await asyncio.sleep(0.3)
         assert not any(buffer), "a late write into a buffer that was given back"
@@ -92,7 +92,7 @@ async def test_a_store_that_is_closed_during_an_upload_aborts_it_first(
     store = open_store(scene.url, scene.settings(data_plane=plane, upload_concurrency=2))
     with scene.proxy.fault("UploadPart", Delay(0.2)) as rule:
         task = asyncio.create_task(store.put("aa/bb/large", bytes(16 * 1024 * 1024)))
-        assert await asyncio.to_thread(rule.first_met.wait, 5)
+        assert await asyncio.to_thread(rule.first_met.wait, 60)
         if cancelled:
             task.cancel()
         await store.close()

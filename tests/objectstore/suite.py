@@ -22,6 +22,9 @@ KEY = "llama/" + "ab" * 32 + "/" + "cd" * 32 + "/l0-32.h0-8"
 PART = 5 * MiB
 """The part size that the stores under test are opened with: the smallest that S3 allows."""
 
+PATIENCE_S = 60.0
+"""For what ends at once or never: no machine is so busy."""
+
 
 async def read(store: ObjectStore, key: str, start: int, length: int) -> bytes:
     buffer = bytearray(length)

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from objectstore.scripted_server import RESET, STALL, Request, kept, running
-from objectstore.suite import KEY, read
+from objectstore.suite import KEY, PATIENCE_S, read
 from objectstore.test_direct import DATA, Scene, descriptors, piece, range_of
 
 from kvstore_s3.config import MiB
@@ -160,7 +160,7 @@ async def test_a_transfer_over_tls_that_stalls_is_given_up(authority: Authority)
     async with running(lambda _: stalled, tls=authority.context("127.0.0.1")) as server:
         scene = Scene(server, read_timeout_s=0.3, max_attempts=1)
         with pytest.raises(StoreUnavailableError, match="did not answer in time"):
-            await asyncio.wait_for(read(scene.store, KEY, 0, 1000), 5)
+            await asyncio.wait_for(read(scene.store, KEY, 0, 1000), PATIENCE_S)
         assert scene.count("slow_transfers") == 1
         await scene.store.close()
 
@@ -184,7 +184,7 @@ async def test_a_cancelled_read_over_tls_ends_at_once_and_leaves_no_connection(
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(task, 2)
+            await asyncio.wait_for(task, PATIENCE_S)
         await server.hang_up()
         await asyncio.sleep(0)
         assert descriptors() <= before

@@ -117,7 +117,7 @@ class Rig:
 
     async def healed(self) -> None:
         assert self.store._healing is not None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await asyncio.wait([self.store._healing])
 
 

@@ -44,6 +44,8 @@ class EngineRun:
 
 
 RunEngine = Callable[..., EngineRun]
+PATIENT = {"lookup_deadline_s": 60.0, "load_deadline_s": 120.0, "flush_s": 30.0}
+"""Deadlines of the connector for engines on a machine that is overloaded."""
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +71,9 @@ def run_engine(llama: Path) -> RunEngine:
         **engine: Any,
     ) -> EngineRun:
         if store is not None:
-            engine["kv_transfer_config"] = transfer_config({"store": store, "admission": "always", **(extra or {})})
+            engine["kv_transfer_config"] = transfer_config(
+                {"store": store, "admission": "always", **PATIENT, **(extra or {})}
+            )
         engine = {"model": str(model or llama), "max_model_len": 2048, **engine}
         work = {"engine": engine, "scenario": scenario, "rounds": rounds, "max_tokens": max_tokens, **(job or {})}
         ran = subprocess.run(

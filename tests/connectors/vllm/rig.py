@@ -256,7 +256,7 @@ class Rig:
     def run(
         self,
         *,
-        limit_s: float = 60.0,
+        limit_s: float = 200.0,
         until: Callable[[], bool] | None = None,
         during: Callable[[], None] | None = None,
     ) -> None:
@@ -504,6 +504,7 @@ class Rig:
                 "store": store,
                 "chunk_tokens": options.chunk_tokens,
                 "admission": "cost" if options.measured else "always",
+                "lookup_deadline_s": 60.0,  # on a machine that is overloaded, too
                 **options.extra,
             },
         )

@@ -42,7 +42,7 @@ class Traffic:
         self.prompts: list[tuple[list[int], str | None]] = []
         self.aborted_in: dict[str, int] = {}
 
-    def run(self, *, each_step: Callable[[int], None] = lambda step: None, limit_s: float = 60.0) -> None:
+    def run(self, *, each_step: Callable[[int], None] = lambda step: None, limit_s: float = 200.0) -> None:
         rig, habits = self._rig, self._habits
 
         def is_done() -> bool:

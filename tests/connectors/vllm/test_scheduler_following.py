@@ -151,13 +151,13 @@ def test_an_abort_while_following_gives_the_blocks_back_at_once():
             if number == 2:
                 writer.store(0)
             rig.abort(name)
-            rig.run(limit_s=5.0)
+            rig.run(limit_s=20.0)
             rig.check_nothing_left()
 
 
 def test_new_weights_end_following():
     """What still comes is of the old ones."""
-    with writer_to("follow-reset") as writer, Rig("faulty://follow-reset", options_of(stall_s=5.0)) as rig:
+    with writer_to("follow-reset") as writer, Rig("faulty://follow-reset", options_of(stall_s=60.0)) as rig:
         writer.store(0)
         name = rig.ask(PROMPT, transfer=FOLLOW)
         rig.run(until=rig.until(name, RequestStatus.WAITING_FOR_REMOTE_KVS))
@@ -166,7 +166,7 @@ def test_new_weights_end_following():
         rig.change_weights(preempt=False)
         for chunk in (1, 2, 3):
             writer.store(chunk)
-        rig.run(limit_s=4.0)
+        rig.run(limit_s=30.0)
         assert rig.loaded_tokens(name) == 0
         rig.check_nothing_left()
 

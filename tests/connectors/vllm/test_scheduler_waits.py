@@ -24,7 +24,7 @@ COST: dict[str, Any] = {"prefill_tokens_per_s": 1000.0, "admission": "cost"}
 
 def seconds_to_first_token(rig: Rig, name: str) -> float:
     begun = time.monotonic()
-    rig.run(until=lambda: name in rig.finished or bool(rig.asked[name].tokens), limit_s=20)
+    rig.run(until=lambda: name in rig.finished or bool(rig.asked[name].tokens), limit_s=100)
     return time.monotonic() - begun
 
 
