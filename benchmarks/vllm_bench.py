@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, with commas between (default: all)")
+    parser.add_argument("--keep", metavar="NAME", help="keep the JSON of chosen parts, too, as results/NAME.json")
     parser.add_argument("--trial", action="store_true", help="a tiny model, one round: to see that it runs")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs and all else in this directory")
     arguments = parser.parse_args()
@@ -57,17 +58,21 @@ def main() -> None:
             result = measure(store, model, parts, 1 if arguments.trial else arguments.rounds, trial=arguments.trial)
     verdicts = judge(result)
     print_verdicts(verdicts)
-    if not arguments.trial and set(parts) == set(PARTS):
+    if arguments.trial:
+        return
+    taken = {"seconds": round(time.perf_counter() - began), "rounds": arguments.rounds}
+    if set(parts) == set(PARTS):
         draw(result)
-        taken = {"seconds": round(time.perf_counter() - began), "rounds": arguments.rounds}
         record("vllm", {**taken, "goals": verdicts, **result}, *PACKAGES)
+    elif arguments.keep:
+        record(arguments.keep, {**taken, "goals": verdicts, **result}, *PACKAGES)
 
 
 def measure(store: Store, model: Path, parts: list[str], rounds: int, *, trial: bool) -> dict[str, Any]:
     ways = {
         "hits": lambda: Hits(store, model).measure(rounds),
         "zipf": lambda: vllm_zipf.measure(store, model, 10 if trial else 40),
-        "saving": lambda: measure_saving(store, model, rounds if trial else rounds + 2),
+        "saving": lambda: measure_saving(store, model, rounds if trial else rounds + 2, part.replace("_", "-")),
         "layers": lambda: measure_layers(store, model, rounds if trial else rounds + 2),
     }
     result: dict[str, Any] = {"model_cores": len(all_but_one()), "cores": len(all_cores())}

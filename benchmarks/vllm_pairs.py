@@ -18,14 +18,14 @@ TAILS = (8, 264, 776)
 """Tokens behind the stored prefix that are to be computed."""
 
 
-def measure_saving(store: Store, model: Path, rounds: int) -> dict[str, Any]:
+def measure_saving(store: Store, model: Path, rounds: int, prefix: str) -> dict[str, Any]:
     """Cold prompts one after the other, with and without saves; the other engine's turn comes when all is stored.
 
     `first_token`: of each prompt. `in_a_row`: of the whole sequence, in which the saves of one prompt run beside the
-    prefill of the next.
+    prefill of the next. Nothing must be under `prefix` yet.
     """
     times: dict[str, list[list[float]]] = {"saving": [], "alone": []}
-    with _pair(store, model, {"saving": store.ours("cold"), "alone": None}) as engines:
+    with _pair(store, model, {"saving": store.ours(prefix), "alone": None}) as engines:
         for number in range(rounds):
             names = list(engines) if number % 2 else list(reversed(engines))
             for name in names:
@@ -34,7 +34,7 @@ def measure_saving(store: Store, model: Path, rounds: int) -> dict[str, Any]:
                 times[name].append([answer.ms for answer in answers])
                 if name == "saving":
                     chunks = (number + 1) * PROMPTS_IN_A_ROW * (PROMPT_TOKENS // CHUNK_TOKENS)
-                    stored = store.await_chunks("cold/", chunks)
+                    stored = store.await_chunks(f"{prefix}/", chunks)
     firsts = {name: [ms for sequence in rows for ms in sequence] for name, rows in times.items()}
     rows = {name: [sum(sequence) for sequence in sequences] for name, sequences in times.items()}
     found = {
