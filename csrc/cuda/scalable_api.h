@@ -135,4 +135,77 @@ KVS_EXPORT int kvs_scalable_decode(const KvsScalableJob* jobs /* device */,
                                    std::int16_t* numbers /* device */, std::uint32_t* order /* device */,
                                    std::uint32_t* faults /* device */, void* stream);
 
+// --- Encoding ---
+
+// One stream of a section to encode. The jobs of a section are neighbours, stream by stream: one for each
+// head, or with span all one for all heads. All addresses are the device's.
+struct KvsScalableEncodeJob {
+  std::uint64_t payload;  // 16 bytes aligned: the section's levels one behind the other, with room for
+                          // kvs_scalable_encode_room of each of its streams, and header_bytes; the same in
+                          // all of its jobs
+  std::uint64_t scratch;  // 16 bytes aligned: kvs_scalable_encode_scratch bytes for this job alone
+  std::uint64_t header;   // what level 0 says before its table of lengths
+  std::uint64_t cosines, sines, rotated;  // as in KvsScalableSection, also uncalibrated
+  // Calibrated, else 0: float [n]; static classes [components]; analysis as the format shapes it (channel:
+  // 0); float [components].
+  std::uint64_t mean, classes, matrix, scale;
+  std::uint32_t header_bytes;  // a multiple of 4
+  std::uint32_t tokens, token_begin, layer_begin;
+  std::uint32_t head, heads;     // in the pages: the first, and how many x has: 1, or all with span all
+  std::uint32_t streams, index;  // of the section: how many, and which of them this is
+  std::uint32_t components;
+  std::uint16_t layers, pairs;
+  std::uint8_t calibrated, span, style, matrix_bytes;  // as in KvsScalableSection and KvsScalableUnit
+  std::uint8_t levels;                                 // of the object
+  std::uint8_t first_is_exact;                         // 1: the section's first token is the prompt's
+  std::uint8_t reserved[6];                            // 0
+};
+
+// What the jobs of one call need together.
+struct KvsScalableEncodeTotals {
+  std::uint64_t tables;  // device, 16 bytes aligned: packed, of all jobs
+  std::uint32_t jobs;
+  std::uint32_t tokens;          // the most
+  std::uint32_t components;      // that a matrix gives, the most: dim with span head
+  std::uint32_t products;        // of a job, the most: layers x 2 with span head, else 1
+  std::uint32_t uncalibrated;    // jobs
+  std::uint32_t halves, floats;  // jobs with matrices of float16, and of floats
+  std::uint32_t reserved;        // 0
+};
+
+// Bytes that a table set takes on the device for encoding.
+KVS_EXPORT std::size_t kvs_scalable_encode_tables_bytes(void);
+
+// Packs a table set: as kvs_scalable_pack_tables; `borders` [48], the least mean square of a component that
+// gets each class, [0] being 0; `gains` [48][48], bits for each token that a component of the class found
+// saves beside its static one. The host's encoder computes both in its own floating point, so they come from
+// there.
+KVS_EXPORT int kvs_scalable_pack_encode_tables(const std::uint8_t* first, const std::uint16_t* base,
+                                               const std::uint16_t* refine, const double* borders,
+                                               const double* gains, std::uint8_t* packed /* host */);
+
+// Bytes of scratch for a job, whose addresses need not be set yet: 8 for each number and small change, 12 with
+// a matrix. 0: nothing for the device. That is what the format forbids, more than 2^16 tokens or
+// numbers of a token, heads of more than 256 dims, and streams of 2^30 bytes or more. Host.
+KVS_EXPORT std::uint64_t kvs_scalable_encode_scratch(const KvsScalableEncodeJob* job, std::uint32_t dim,
+                                                     std::uint32_t item_bytes);
+
+// Bytes of payload that a job's stream may take, its places in tables of lengths included. Host.
+KVS_EXPORT std::uint64_t kvs_scalable_encode_room(const KvsScalableEncodeJob* job, std::uint32_t dim,
+                                                  std::uint32_t item_bytes);
+
+// 0 KvsScalableEncodeJob, 1 KvsScalableEncodeTotals.
+KVS_EXPORT std::size_t kvs_scalable_encode_struct_bytes(int which);
+
+// Encodes pages of bfloat16 (1), float16 (2) or float (3): without a matrix the bytes of the host's encoder.
+// With one, y is a sum of as many products as the transform has dimensions, in float, in another order than
+// the host's (which is another on other hosts, too): numbers differ where y lies so near to the middle
+// between two. `lengths` [jobs][3] gets the bytes of each job's stream at each level, 0 at levels that there
+// are not; a section's payload at a level is its header (level 0 alone), 4 bytes and the stream for each job.
+// Whether the section is to be coded exactly instead, for its size, is the caller's to find from them.
+KVS_EXPORT int kvs_scalable_encode(const KvsScalableEncodeJob* jobs /* device */,
+                                   const KvsScalableEncodeTotals* totals /* host */,
+                                   const KvsPages* pages /* host */, int dtype,
+                                   std::uint32_t* lengths /* device */, void* stream);
+
 }  // extern "C"

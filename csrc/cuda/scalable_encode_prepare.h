@@ -1,0 +1,143 @@
+// Encoding codec 3, first kernel: values out of pages, K's rotation undone, the mean off: a warp for each
+// token of a stream. scalable_encode.cu has the whole.
+#pragma once
+
+#include "launch.h"
+#include "scalable_encode.h"
+#include "scalable_encode_tensor.h"
+
+namespace kvs {
+
+// A value's bits as a float; `unfit` where it is not finite or has the dtype's largest exponent: turned or
+// rounded, it could become infinite.
+template <DeviceDtype dtype>
+KVS_DEVICE float widen_value(typename DtypeBits<dtype>::Bits bits, bool& unfit) {
+  if constexpr (dtype == DeviceDtype::kBfloat16) {
+    unfit |= (bits & 0x7F80) >= 0x7F00;
+    return std::bit_cast<float>(std::uint32_t{bits} << 16);
+  } else if constexpr (dtype == DeviceDtype::kFloat16) {
+    unfit |= (bits & 0x7FFF) >= 0x7800;
+    return widen_float16_bits(bits);
+  } else {
+    unfit |= (bits & 0x7F800000) >= 0x7F000000;
+    return std::bit_cast<float>(bits);
+  }
+}
+
+// No shared memory.
+template <DeviceDtype dtype>
+struct PrepareTokens {
+  static constexpr std::uint32_t kThreads = 256, kResident = 5;
+  static constexpr std::uint32_t kSharedBytes = 0;
+  using Bits = typename DtypeBits<dtype>::Bits;
+
+  const KvsScalableEncodeJob* jobs;
+  std::uint32_t count, tokens;  // tokens: the most
+  KvsPages pages;
+
+  KVS_DEVICE void operator()() const {
+    const std::uint64_t all = std::uint64_t{count} * tokens;
+    const std::uint64_t step = std::uint64_t{simt::blocks()} * simt::warps();
+    for (std::uint64_t i = std::uint64_t{simt::block()} * simt::warps() + simt::warp(); i < all; i += step) {
+      const KvsScalableEncodeJob& job = jobs[i / tokens];
+      const auto token = static_cast<std::uint32_t>(i % tokens);
+      if (token < job.tokens) prepare(job, token);
+    }
+  }
+
+ private:
+  // What a token of a stream is made from, and what was seen of it.
+  struct Token {
+    const KvsScalableEncodeJob& job;
+    std::uint32_t number;
+    std::int64_t offset;
+    bool unfit = false;
+  };
+
+  KVS_DEVICE void prepare(const KvsScalableEncodeJob& job, std::uint32_t number) const {
+    const EncodeSize size = EncodeSize::of(job, pages.dim, sizeof(Bits));
+    const EncodeScratch scratch = scratch_of(job, size);
+    const std::uint32_t place = job.token_begin + number;
+    Token token{job, number, find_token_run(pages, place, place + 1).offset};
+    const std::uint64_t row = std::uint64_t{number} * size.numbers;
+    std::uint32_t most = 0;
+    if (job.matrix_bytes == 2) {
+      each(token, [&most](std::uint32_t, float value) {
+        const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFF;
+        most = magnitude > most ? magnitude : most;
+      });
+    } else {
+      float* x = scratch.x() + row;
+      each(token, [x](std::uint32_t i, float value) { x[i] = value; });
+    }
+    const bool exact = simt::ballot(token.unfit) != 0 || (number == 0 && job.first_is_exact != 0);
+    if (simt::lane() == 0) scratch.exact()[number] = exact ? 1 : 0;
+    if (job.matrix_bytes != 2) return;
+    for (std::uint32_t mask = 16; mask != 0; mask /= 2) {
+      const std::uint32_t other = simt::shuffle_xor(most, mask);
+      most = other > most ? other : most;
+    }
+    // The largest becomes 2^14 to 2^15, where float16 has room; what makes it that is no larger than 2^126.
+    const std::uint32_t exponent = most >> 23, most_grow = 127 + 126;
+    std::uint32_t grow = 127 + 14 + 127 - exponent;
+    grow = grow < most_grow ? grow : most_grow;
+    if (simt::lane() == 0) scratch.shrink()[number] = std::bit_cast<float>((254 - grow) << 23);
+    split(token, exact ? 0.0f : std::bit_cast<float>(grow << 23), scratch.x_high() + row,
+          scratch.x_low() + row);
+  }
+
+  // All numbers times `grow`, each as the sum of two float16: 22 bits of it. 0 for an exact token.
+  KVS_DEVICE void split(Token& token, float grow, std::uint16_t* high, std::uint16_t* low) const {
+    each(token, [=](std::uint32_t i, float value) {
+      const float grown = grow != 0 ? value * grow : 0;
+      const std::uint32_t rounded = round_to_half(grown);
+      high[i] = static_cast<std::uint16_t>(rounded);
+      low[i] = static_cast<std::uint16_t>(round_to_half(grown - widen_float16_bits(rounded)));
+    });
+  }
+
+  // see(i, x[i]) for all numbers, each by one lane.
+  template <typename See>
+  KVS_DEVICE void each(Token& token, See see) const {
+    const KvsScalableEncodeJob& job = token.job;
+    const auto* mean = reinterpret_cast<const float*>(job.mean);
+    const auto* rotated = reinterpret_cast<const std::uint8_t*>(job.rotated);
+    const auto less_mean = [mean, see](std::uint32_t i, float value) {
+      see(i, mean != nullptr ? value - mean[i] : value);
+    };
+    std::uint32_t begin = 0;
+    for (std::uint32_t head = 0; head < job.heads; ++head) {
+      for (std::uint32_t layer = 0; layer < job.layers; ++layer) {
+        for (std::uint32_t kind = 0; kind < 2; ++kind, begin += pages.dim) {
+          const Bits* from = find_head<const Bits>(pages, job.layer_begin + layer, kind, job.head + head);
+          from += token.offset;
+          const bool turned = job.style != 0 && kind == 0 && rotated[layer] != 0;
+          const std::uint32_t plain = turned ? 2u * job.pairs : 0;
+          if (turned) unrotate(token, from, begin, less_mean);
+          for (std::uint32_t i = plain + simt::lane(); i < pages.dim; i += simt::kWarp) {
+            less_mean(begin + i, widen_value<dtype>(from[i], token.unfit));
+          }
+        }
+      }
+    }
+  }
+
+  // The host's operations: its angles are turned against, and nothing is fused.
+  template <typename See>
+  KVS_DEVICE static void unrotate(Token& token, const Bits* from, std::uint32_t begin, See see) {
+    const KvsScalableEncodeJob& job = token.job;
+    const std::uint64_t row = std::uint64_t{token.number} * job.pairs;
+    const auto* cosines = reinterpret_cast<const float*>(job.cosines) + row;
+    const auto* sines = reinterpret_cast<const float*>(job.sines) + row;
+    for (std::uint32_t j = simt::lane(); j < job.pairs; j += simt::kWarp) {
+      const std::uint32_t one = job.style == 1 ? j : 2 * j, two = job.style == 1 ? j + job.pairs : 2 * j + 1;
+      const float first = widen_value<dtype>(from[one], token.unfit);
+      const float second = widen_value<dtype>(from[two], token.unfit);
+      const float cosine = cosines[j], sine = -sines[j];
+      see(begin + one, first * cosine - second * sine);
+      see(begin + two, second * cosine + first * sine);
+    }
+  }
+};
+
+}  // namespace kvs
