@@ -184,9 +184,9 @@ KVS_EXPORT int kvs_scalable_pack_encode_tables(const std::uint8_t* first, const 
                                                const std::uint16_t* refine, const double* borders,
                                                const double* gains, std::uint8_t* packed /* host */);
 
-// Bytes of scratch for a job, whose addresses need not be set yet: 8 for each number and small change, 12 with
-// a matrix. 0: nothing for the device. That is what the format forbids, more than 2^16 tokens or
-// numbers of a token, heads of more than 256 dims, and streams of 2^30 bytes or more. Host.
+// Bytes of scratch for a job, whose addresses need not be set yet: 8 for each number and small change, 12
+// with a matrix. 0: nothing for the device. That is what the format forbids, more than 2^16 tokens or numbers
+// of a token, heads of more than 256 dims, and streams of 2^30 bytes or more. Host.
 KVS_EXPORT std::uint64_t kvs_scalable_encode_scratch(const KvsScalableEncodeJob* job, std::uint32_t dim,
                                                      std::uint32_t item_bytes);
 

@@ -25,7 +25,7 @@ from kvstore_s3.codec.device.scalable_encode import (
 )
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import _base_header, find_group
-from kvstore_s3.codec.stream_map import calibrated_map, uncalibrated_map
+from kvstore_s3.codec.stream_map import StreamMap, calibrated_map, uncalibrated_map
 from kvstore_s3.codec.tables import TableSet, uncalibrated_tables
 from kvstore_s3.layout import DTYPES
 from kvstore_s3.quality import LOSSY_DTYPES
@@ -127,66 +127,33 @@ class ScalableEncodePlanner:
 
     def plan(self, section: SectionInPages) -> EncodePlan | None:
         """The jobs of a section; None: the CPU is to encode it, or to refuse it."""
-        calibration, (begin, end) = section.calibration, section.layers
         if section.dtype not in LOSSY_DTYPES or not 0 <= section.first_position < 2**32:
             return None
-        if calibration is None:
-            local = Rotation(
-                section.rotation.style, section.rotation.inverse_frequencies, section.rotation.select(begin, end)
-            )
-            one, whole = uncalibrated_map(local, end - begin, section.head_dim, 0), False
-        else:
-            group = find_group(calibration, begin, end - begin, section.first_head, section.heads)
-            if group is None:
-                return None
-            one, whole = calibrated_map(calibration, group, section.first_head, 0), calibration.span == "all"
-        jobs = np.zeros(1 if whole else section.heads, SCALABLE_ENCODE_JOB)
-        self._describe(section, jobs, one.rotation, whole)
+        one = _find_map(section)
+        if one is None:
+            return None
+        calibration = section.calibration
+        jobs = np.zeros(1 if one.whole else section.heads, SCALABLE_ENCODE_JOB)
+        _describe(section, jobs, one)
         header = np.frombuffer(_base_header(section.first_position, calibration, one, section.levels), np.uint8)
         jobs["header_bytes"] = len(header)
         with self._lock:
             prepared = self._prepare(calibration)
             if calibration is not None:
-                self._add_units(jobs, calibration, group, section.first_head, prepared)
+                self._add_units(jobs, calibration, section, prepared)
         sizes = self._measure(section, jobs)
         if sizes is None:
             return None
-        held: list[object] = [
-            prepared,
-            self._put_header(jobs, header),
-            *self._add_rotation(section, jobs, one.rotation),
-        ]
+        held = [prepared, self._put_header(jobs, header), *self._add_rotation(section, jobs, one.rotation)]
         return EncodePlan(section, jobs, prepared.tables, sizes[0], sizes[1] + len(header), held)
 
-    @staticmethod
-    def _describe(section: SectionInPages, jobs: npt.NDArray[np.void], rotation: Rotation, whole: bool) -> None:
-        """What does not lie in the device's memory."""
-        count = len(jobs)
-        layers = section.layers[1] - section.layers[0]
-        jobs["tokens"], jobs["token_begin"], jobs["layer_begin"] = (
-            section.tokens,
-            section.token_begin,
-            section.layer_begin,
-        )
-        jobs["head"] = section.head + np.arange(count)
-        jobs["heads"] = section.heads if whole else 1
-        jobs["streams"], jobs["index"] = count, np.arange(count)
-        jobs["components"] = jobs["heads"] * (2 * layers * section.head_dim)
-        jobs["layers"], jobs["levels"] = layers, section.levels
-        jobs["style"], jobs["pairs"] = rotation.style_id, len(rotation.inverse_frequencies)
-        jobs["first_is_exact"] = section.first_position == 0
-
     def _add_units(
-        self,
-        jobs: npt.NDArray[np.void],
-        calibration: Calibration,
-        group: int,
-        first_head: int,
-        prepared: _Prepared,
+        self, jobs: npt.NDArray[np.void], calibration: Calibration, section: SectionInPages, prepared: _Prepared
     ) -> None:
         jobs["calibrated"], jobs["span"] = 1, SPANS.index(calibration.span)
+        group = section.layers[0] // calibration.layer_group
         for job in jobs:
-            place = (group, 0 if calibration.span == "all" else first_head + int(job["index"]))
+            place = (group, 0 if calibration.span == "all" else section.first_head + int(job["index"]))
             unit = calibration.units[place]
             if place not in prepared.units:
                 prepared.units[place] = (
@@ -250,3 +217,27 @@ class ScalableEncodePlanner:
         put = self._put(values)
         prepared.held.append(put)
         return put.data_ptr()
+
+
+def _find_map(section: SectionInPages) -> StreamMap | None:
+    """That of the section's first stream; None where the section is none of its calibration's."""
+    calibration, (begin, end) = section.calibration, section.layers
+    if calibration is None:
+        known = section.rotation
+        local = Rotation(known.style, known.inverse_frequencies, known.select(begin, end))
+        return uncalibrated_map(local, end - begin, section.head_dim, 0)
+    group = find_group(calibration, begin, end - begin, section.first_head, section.heads)
+    return None if group is None else calibrated_map(calibration, group, section.first_head, 0)
+
+
+def _describe(section: SectionInPages, jobs: npt.NDArray[np.void], one: StreamMap) -> None:
+    """All that lies not in the device's memory."""
+    layers, count = section.layers[1] - section.layers[0], len(jobs)
+    jobs["tokens"], jobs["token_begin"], jobs["layer_begin"] = section.tokens, section.token_begin, section.layer_begin
+    jobs["head"] = section.head + np.arange(count)
+    jobs["heads"] = section.heads if one.whole else 1
+    jobs["streams"], jobs["index"] = count, np.arange(count)
+    jobs["components"] = one.components
+    jobs["layers"], jobs["levels"] = layers, section.levels
+    jobs["style"], jobs["pairs"] = one.rotation.style_id, len(one.rotation.inverse_frequencies)
+    jobs["first_is_exact"] = section.first_position == 0
