@@ -62,7 +62,10 @@ struct EncodedStream {
   std::uint32_t raw;               // 1: stored as it is
   std::uint32_t explicit_classes;  // 1: the stream gives its classes
 
-  KVS_HOST_DEVICE std::uint32_t last(std::uint32_t levels) const { return coded[levels - 1]; }
+  // Of the object's last level. Compared, not indexed: what is in registers cannot be.
+  KVS_HOST_DEVICE std::uint32_t last(std::uint32_t levels) const {
+    return levels == 1 ? coded[0] : levels == 2 ? coded[1] : coded[2];
+  }
   KVS_HOST_DEVICE std::uint32_t lanes(std::uint32_t levels) const {
     return last(levels) < kLanes ? last(levels) : kLanes;
   }

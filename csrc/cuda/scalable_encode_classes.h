@@ -5,6 +5,7 @@
 // in the same order; logarithms and powers come as tables from the host.
 #pragma once
 
+#include "device_memory.h"
 #include "launch.h"
 #include "scalable_encode.h"
 #include "scalable_encode_sums.h"
@@ -28,7 +29,7 @@ class ComponentValues {
   }
 
   KVS_DEVICE float operator()(std::uint32_t token) const {
-    const float x = from_[token * stride_];
+    const float x = load_constant(from_ + token * stride_);
     return uncalibrated_ ? x / scale_ - shift_ : x * scale_;
   }
 
@@ -139,7 +140,7 @@ struct ClassStreams {
     Seen seen{};
     each_coded(exact, stream.size.tokens, values, [&](std::uint32_t t, float y) {
       const float magnitude = y < 0 ? -y : y;
-      to[t * stride] = static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(y + kRounder));
+      store_value(to + t * stride, static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(y + kRounder)));
       if (!(magnitude < kLargest)) {
         exact[t] = 2;
         seen.beyond = true;
@@ -161,7 +162,7 @@ struct ClassStreams {
     for (std::uint32_t step = 32; step != 0; step /= 2) {
       if (k + step < kClasses && square >= tables->borders[k + step]) k += step;
     }
-    KVS_UNROLL for (std::uint32_t i = 0; i < 2; ++i) {
+    for (std::uint32_t i = 0; i < keep(2); ++i) {  // not unrolled: what is rare shall not be there twice
       const bool suspect = k < kFirst[i] && seen.most > kLimits[i];
       if (suspect && find_excess(stream, values, kLimits[i]) > kMostExcess) k = kFirst[i];
     }

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "device_memory.h"
 #include "launch.h"
 #include "scalable_encode.h"
 #include "scalable_encode_sums.h"
@@ -105,9 +106,11 @@ struct FitStreams {
     const std::uint8_t* exact = fit.scratch.exact();
     for (std::uint32_t i = simt::thread(); i < fit.size.numbers; i += simt::threads()) {
       const float* x = fit.scratch.x() + i;
+      const std::uint64_t numbers = fit.size.numbers;
       double sum = 0;
       each_coded(
-          exact, fit.size.tokens, [&](std::uint32_t t) { return x[std::uint64_t{t} * fit.size.numbers]; },
+          exact, fit.size.tokens,
+          [&](std::uint32_t t) { return load_constant(x + std::uint64_t{t} * numbers); },
           [&](std::uint32_t, float value) { sum += static_cast<double>(value); });
       fit.scratch.centers()[i] = sum / fit.kept;
     }
@@ -126,7 +129,7 @@ struct FitStreams {
       double most = 0;
       const double sum = sum_pairwise<double>(size.dim, [&](std::uint32_t leaf) {
         const double found = sum_leaf_by_eight(leaf, [&](std::uint32_t at) {
-          const double away = std::fabs(static_cast<double>(x[at]) - center[at]);
+          const double away = std::fabs(static_cast<double>(load_constant(x + at)) - center[at]);
           most = away > most ? away : most;
           return away * away;
         });

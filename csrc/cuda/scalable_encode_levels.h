@@ -91,8 +91,8 @@ struct CodeLevels {
     const std::uint32_t coded = stream.coded[level];
     for (std::uint32_t block = (coded + kLanes - 1) / kLanes; block-- > 0;) {
       const std::uint32_t c = block * kLanes + simt::lane();
-      const std::uint32_t number = c < coded ? scratch.order()[c] : 0;
-      const std::uint32_t k = c < coded ? scratch.classes()[number] : tables->first[level];
+      const std::uint32_t number = c < coded ? load_constant(scratch.order() + c) : 0;
+      const std::uint32_t k = c < coded ? load_constant(scratch.classes() + number) : tables->first[level];
       Component component{tables->base[k], scratch.rounded() + number, size.components, c < coded};
       const std::uint16_t* rows = scratch.rows() + std::uint64_t{block} * size.tokens * kLanes + simt::lane();
       bool fits = false;
@@ -140,7 +140,7 @@ struct CodeLevels {
   KVS_DEVICE static void load(const std::uint16_t* rows, std::uint32_t begin, std::uint32_t there,
                               std::uint32_t* symbols) {
     KVS_UNROLL for (std::uint32_t i = 0; i < kBatch; ++i) {
-      symbols[i] = i < there ? rows[(std::uint64_t{begin} + i) * kLanes] : 0;
+      symbols[i] = i < there ? load_constant(rows + (std::uint64_t{begin} + i) * kLanes) : 0;
     }
   }
 
@@ -188,7 +188,8 @@ struct CodeLevels {
     const std::uint32_t emitting = simt::ballot(emits != 0);
     to.words -= simt::count_bits(emitting);
     if (emits != 0) {
-      to.words[simt::count_bits(emitting & simt::lanes_before())] = static_cast<std::uint16_t>(state);
+      store_value(to.words + simt::count_bits(emitting & simt::lanes_before()),
+                  static_cast<std::uint16_t>(state));
     }
     const std::uint32_t pushed = push_symbol(state >> 16 * emits, push);
     state = whole || used ? pushed : state;

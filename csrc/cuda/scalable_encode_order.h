@@ -41,14 +41,15 @@ struct OrderNumbers {
     for (std::uint32_t c = simt::lane(); c < size.components && exact; c += kLanes) from[c] = 0;
     std::uint16_t* to = scratch.rows() + std::uint64_t{token} * kLanes + simt::lane();
     const std::uint64_t stride = std::uint64_t{size.tokens} * kLanes;
-    const std::uint32_t coded = found.last(size.levels);
+    const std::uint32_t coded = found.last(size.levels), of_base = found.coded[0], of_middle = found.coded[1];
+    const std::uint16_t* order = scratch.order();
     for (std::uint32_t c = simt::lane(); c < round_up_to(coded, kLanes); c += kLanes, to += stride) {
-      std::int32_t number = c < coded && !exact ? from[scratch.order()[c]] : 0;
+      std::int32_t number = c < coded && !exact ? from[load_constant(order + c)] : 0;
       // Beyond these, coarser levels would not be 0.
-      const std::int32_t most = c < found.coded[0] ? 9 * kMostBase + 4 : c < found.coded[1] ? 4 : 1;
+      const std::int32_t most = c < of_base ? 9 * kMostBase + 4 : c < of_middle ? 4 : 1;
       number = number < -most ? -most : number;
       number = number > most ? most : number;
-      *to = load_constant(tables->symbols + static_cast<std::uint16_t>(number));
+      store_value(to, load_constant(tables->symbols + static_cast<std::uint16_t>(number)));
     }
   }
 };

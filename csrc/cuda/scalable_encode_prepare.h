@@ -2,6 +2,7 @@
 // token of a stream. scalable_encode.cu has the whole.
 #pragma once
 
+#include "device_memory.h"
 #include "launch.h"
 #include "scalable_encode.h"
 #include "scalable_encode_tensor.h"
@@ -27,7 +28,7 @@ KVS_DEVICE float widen_value(typename DtypeBits<dtype>::Bits bits, bool& unfit) 
 // No shared memory.
 template <DeviceDtype dtype>
 struct PrepareTokens {
-  static constexpr std::uint32_t kThreads = 256, kResident = 5;
+  static constexpr std::uint32_t kThreads = 256, kResident = 4;
   static constexpr std::uint32_t kSharedBytes = 0;
   using Bits = typename DtypeBits<dtype>::Bits;
 
@@ -68,7 +69,7 @@ struct PrepareTokens {
       });
     } else {
       float* x = scratch.x() + row;
-      each(token, [x](std::uint32_t i, float value) { x[i] = value; });
+      each(token, [x](std::uint32_t i, float value) { store_value(x + i, value); });
     }
     const bool exact = simt::ballot(token.unfit) != 0 || (number == 0 && job.first_is_exact != 0);
     if (simt::lane() == 0) scratch.exact()[number] = exact ? 1 : 0;
@@ -91,8 +92,9 @@ struct PrepareTokens {
     each(token, [=](std::uint32_t i, float value) {
       const float grown = grow != 0 ? value * grow : 0;
       const std::uint32_t rounded = round_to_half(grown);
-      high[i] = static_cast<std::uint16_t>(rounded);
-      low[i] = static_cast<std::uint16_t>(round_to_half(grown - widen_float16_bits(rounded)));
+      const std::uint32_t left = round_to_half(grown - widen_float16_bits(rounded));
+      store_value(high + i, static_cast<std::uint16_t>(rounded));
+      store_value(low + i, static_cast<std::uint16_t>(left));
     });
   }
 
@@ -103,7 +105,7 @@ struct PrepareTokens {
     const auto* mean = reinterpret_cast<const float*>(job.mean);
     const auto* rotated = reinterpret_cast<const std::uint8_t*>(job.rotated);
     const auto less_mean = [mean, see](std::uint32_t i, float value) {
-      see(i, mean != nullptr ? value - mean[i] : value);
+      see(i, mean != nullptr ? value - load_constant(mean + i) : value);
     };
     std::uint32_t begin = 0;
     for (std::uint32_t head = 0; head < job.heads; ++head) {
@@ -111,11 +113,11 @@ struct PrepareTokens {
         for (std::uint32_t kind = 0; kind < 2; ++kind, begin += pages.dim) {
           const Bits* from = find_head<const Bits>(pages, job.layer_begin + layer, kind, job.head + head);
           from += token.offset;
-          const bool turned = job.style != 0 && kind == 0 && rotated[layer] != 0;
+          const bool turned = job.style != 0 && kind == 0 && load_constant(rotated + layer) != 0;
           const std::uint32_t plain = turned ? 2u * job.pairs : 0;
           if (turned) unrotate(token, from, begin, less_mean);
           for (std::uint32_t i = plain + simt::lane(); i < pages.dim; i += simt::kWarp) {
-            less_mean(begin + i, widen_value<dtype>(from[i], token.unfit));
+            less_mean(begin + i, widen_value<dtype>(load_constant(from + i), token.unfit));
           }
         }
       }
@@ -131,9 +133,9 @@ struct PrepareTokens {
     const auto* sines = reinterpret_cast<const float*>(job.sines) + row;
     for (std::uint32_t j = simt::lane(); j < job.pairs; j += simt::kWarp) {
       const std::uint32_t one = job.style == 1 ? j : 2 * j, two = job.style == 1 ? j + job.pairs : 2 * j + 1;
-      const float first = widen_value<dtype>(from[one], token.unfit);
-      const float second = widen_value<dtype>(from[two], token.unfit);
-      const float cosine = cosines[j], sine = -sines[j];
+      const float first = widen_value<dtype>(load_constant(from + one), token.unfit);
+      const float second = widen_value<dtype>(load_constant(from + two), token.unfit);
+      const float cosine = load_constant(cosines + j), sine = -load_constant(sines + j);
       see(begin + one, first * cosine - second * sine);
       see(begin + two, second * cosine + first * sine);
     }

@@ -88,12 +88,14 @@ struct MultiplyTokens {
     // Tiles at the edges: what of them a warp has.
     const std::uint32_t rows = parts(product.tokens, token, 16, kRows);
     const std::uint32_t columns = parts(product.components, component, 8, kColumns);
+    const Share of_x(product.numbers, product.tokens, product.depth);
+    const Share of_matrix(product.depth, product.components, product.depth);
     float sums[kRows][kColumns][4] = {};
     for (std::uint32_t begin = 0; begin < product.depth; begin += kSlice) {
       simt::sync_block();  // all have read the slice before
-      load(product.high, product.numbers, product.tokens, product.depth, begin, shared_part(0));
-      load(product.low, product.numbers, product.tokens, product.depth, begin, shared_part(1));
-      load(product.matrix, product.depth, product.components, product.depth, begin, shared_part(2));
+      load(product.high, of_x, begin, shared_part(0));
+      load(product.low, of_x, begin, shared_part(1));
+      load(product.matrix, of_matrix, begin, shared_part(2));
       simt::sync_block();
       if (rows == 0 || columns == 0) continue;
       const std::uint32_t left = product.depth - begin;
@@ -114,25 +116,44 @@ struct MultiplyTokens {
     std::uint32_t pairs[4];
   };
 
-  // A slice of `rows` rows: four threads to a row, eight numbers each; what is not there is 0.
-  KVS_DEVICE static void load(const std::uint16_t* from, std::uint32_t pitch, std::uint32_t rows,
-                              std::uint32_t depth, std::uint32_t begin, std::uint16_t* to) {
-    constexpr std::uint32_t kAcross = kSlice / 8;
-    const std::uint32_t at = simt::thread() % kAcross * 8, left = depth - begin;
-    KVS_UNROLL for (std::uint32_t i = 0; i < kTile * kAcross / kThreads; ++i) {
-      const std::uint32_t row = simt::thread() / kAcross + i * (kThreads / kAcross);
-      const std::uint16_t* source = from + std::uint64_t{row} * pitch + begin + at;
+  static constexpr std::uint32_t kAcross = kSlice / 8;                   // threads to a row
+  static constexpr std::uint32_t kOwnRows = kTile * kAcross / kThreads;  // of a thread
+  static constexpr std::uint32_t kRowsApart = kThreads / kAcross;
+
+  // What a thread loads of each slice: eight numbers of some rows, from `offset` on.
+  struct Share {
+    std::uint32_t offset[kOwnRows];
+    std::uint32_t at, depth;
+    bool there[kOwnRows];
+    bool whole;  // rows begin at multiples of 16 bytes
+
+    KVS_DEVICE Share(std::uint32_t pitch, std::uint32_t rows, std::uint32_t of_depth)
+        : at(simt::thread() % kAcross * 8), depth(of_depth), whole(of_depth % 8 == 0 && pitch % 8 == 0) {
+      KVS_UNROLL for (std::uint32_t i = 0; i < kOwnRows; ++i) {
+        const std::uint32_t row = simt::thread() / kAcross + i * kRowsApart;
+        offset[i] = row * pitch + at;
+        there[i] = row < rows;
+      }
+    }
+  };
+
+  // What is not there is 0.
+  KVS_DEVICE static void load(const std::uint16_t* from, const Share& share, std::uint32_t begin,
+                              std::uint16_t* to) {
+    const std::uint32_t left = share.depth - begin;
+    KVS_UNROLL for (std::uint32_t i = 0; i < kOwnRows; ++i) {
+      const std::uint16_t* source = from + begin + share.offset[i];
       Eight eight{};
-      if (row < rows && at < left) {
-        if (depth % 8 == 0 && pitch % 8 == 0) {
+      if (share.there[i] && share.at < left) {
+        if (share.whole) {
           eight = *reinterpret_cast<const Eight*>(source);
         } else {
           KVS_UNROLL for (std::uint32_t j = 0; j < 8; ++j) {
-            if (at + j < left) eight.pairs[j / 2] |= std::uint32_t{source[j]} << 16 * (j % 2);
+            if (share.at + j < left) eight.pairs[j / 2] |= std::uint32_t{source[j]} << 16 * (j % 2);
           }
         }
       }
-      *reinterpret_cast<Eight*>(to + row * kPitch + at) = eight;
+      *reinterpret_cast<Eight*>(to + (simt::thread() / kAcross + i * kRowsApart) * kPitch + share.at) = eight;
     }
   }
 

@@ -55,7 +55,6 @@ KVS_DEVICE void each_coded(const std::uint8_t* exact, std::uint32_t tokens, Load
 // The sum of `count` values, of which leaf(n) adds the next n, at most kLeaf, in the order of sum_leaf.
 template <typename Value, typename Leaf>
 KVS_DEVICE Value sum_pairwise(std::uint32_t count, Leaf leaf) {
-  if (count <= kLeaf) return leaf(count);
   constexpr std::uint32_t kDepth = 12;  // 2^16 values
   std::uint32_t right[kDepth];          // values of the half that is still to come
   Value left[kDepth];                   // the sum of the half that was added; of halves whose bit is set
