@@ -92,10 +92,18 @@ struct MultiplyTokens {
     const Share of_matrix(product.depth, product.components, product.depth);
     float sums[kRows][kColumns][4] = {};
     for (std::uint32_t begin = 0; begin < product.depth; begin += kSlice) {
+      Eight held[3][kOwnRows];
+      if (product.depth % 8 == 0) {  // rows begin at multiples of 16 bytes
+        fetch<true>(product.high, of_x, begin, held[0]);
+        fetch<true>(product.low, of_x, begin, held[1]);
+        fetch<true>(product.matrix, of_matrix, begin, held[2]);
+      } else {
+        fetch<false>(product.high, of_x, begin, held[0]);
+        fetch<false>(product.low, of_x, begin, held[1]);
+        fetch<false>(product.matrix, of_matrix, begin, held[2]);
+      }
       simt::sync_block();  // all have read the slice before
-      load(product.high, of_x, begin, shared_part(0));
-      load(product.low, of_x, begin, shared_part(1));
-      load(product.matrix, of_matrix, begin, shared_part(2));
+      KVS_UNROLL for (std::uint32_t part = 0; part < 3; ++part) put(held[part], of_x.at, shared_part(part));
       simt::sync_block();
       if (rows == 0 || columns == 0) continue;
       const std::uint32_t left = product.depth - begin;
@@ -125,10 +133,9 @@ struct MultiplyTokens {
     std::uint32_t offset[kOwnRows];
     std::uint32_t at, depth;
     bool there[kOwnRows];
-    bool whole;  // rows begin at multiples of 16 bytes
 
     KVS_DEVICE Share(std::uint32_t pitch, std::uint32_t rows, std::uint32_t of_depth)
-        : at(simt::thread() % kAcross * 8), depth(of_depth), whole(of_depth % 8 == 0 && pitch % 8 == 0) {
+        : at(simt::thread() % kAcross * 8), depth(of_depth) {
       KVS_UNROLL for (std::uint32_t i = 0; i < kOwnRows; ++i) {
         const std::uint32_t row = simt::thread() / kAcross + i * kRowsApart;
         offset[i] = row * pitch + at;
@@ -138,22 +145,27 @@ struct MultiplyTokens {
   };
 
   // What is not there is 0.
-  KVS_DEVICE static void load(const std::uint16_t* from, const Share& share, std::uint32_t begin,
-                              std::uint16_t* to) {
+  template <bool whole>
+  KVS_DEVICE static void fetch(const std::uint16_t* from, const Share& share, std::uint32_t begin,
+                               Eight* held) {
     const std::uint32_t left = share.depth - begin;
     KVS_UNROLL for (std::uint32_t i = 0; i < kOwnRows; ++i) {
       const std::uint16_t* source = from + begin + share.offset[i];
-      Eight eight{};
-      if (share.there[i] && share.at < left) {
-        if (share.whole) {
-          eight = *reinterpret_cast<const Eight*>(source);
-        } else {
-          KVS_UNROLL for (std::uint32_t j = 0; j < 8; ++j) {
-            if (share.at + j < left) eight.pairs[j / 2] |= std::uint32_t{source[j]} << 16 * (j % 2);
-          }
+      held[i] = {};
+      if (!share.there[i] || share.at >= left) continue;
+      if constexpr (whole) {
+        held[i] = *reinterpret_cast<const Eight*>(source);
+      } else {
+        KVS_UNROLL for (std::uint32_t j = 0; j < 8; ++j) {
+          if (share.at + j < left) held[i].pairs[j / 2] |= std::uint32_t{source[j]} << 16 * (j % 2);
         }
       }
-      *reinterpret_cast<Eight*>(to + (simt::thread() / kAcross + i * kRowsApart) * kPitch + share.at) = eight;
+    }
+  }
+
+  KVS_DEVICE static void put(const Eight* held, std::uint32_t at, std::uint16_t* to) {
+    KVS_UNROLL for (std::uint32_t i = 0; i < kOwnRows; ++i) {
+      *reinterpret_cast<Eight*>(to + (simt::thread() / kAcross + i * kRowsApart) * kPitch + at) = held[i];
     }
   }
 
