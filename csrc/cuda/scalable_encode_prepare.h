@@ -116,10 +116,27 @@ struct PrepareTokens {
           const bool turned = job.style != 0 && kind == 0 && load_constant(rotated + layer) != 0;
           const std::uint32_t plain = turned ? 2u * job.pairs : 0;
           if (turned) unrotate(token, from, begin, less_mean);
-          for (std::uint32_t i = plain + simt::lane(); i < pages.dim; i += simt::kWarp) {
-            less_mean(begin + i, widen_value<dtype>(load_constant(from + i), token.unfit));
-          }
+          widen(token, from, plain, pages.dim, begin, less_mean);
         }
+      }
+    }
+  }
+
+  // Numbers [first, end) of a plane as they are. Several loads at once, here and where K is turned: a row
+  // takes longer to come than to work on.
+  template <typename See>
+  KVS_DEVICE static void widen(Token& token, const Bits* from, std::uint32_t first, std::uint32_t end,
+                               std::uint32_t begin, See see) {
+    constexpr std::uint32_t kAtOnce = 4;
+    for (std::uint32_t i = first + simt::lane(); i < end; i += kAtOnce * simt::kWarp) {
+      Bits bits[kAtOnce];
+      KVS_UNROLL for (std::uint32_t u = 0; u < kAtOnce; ++u) {
+        const std::uint32_t at = i + u * simt::kWarp;
+        bits[u] = at < end ? load_constant(from + at) : Bits{0};
+      }
+      KVS_UNROLL for (std::uint32_t u = 0; u < kAtOnce; ++u) {
+        const std::uint32_t at = i + u * simt::kWarp;
+        if (at < end) see(begin + at, widen_value<dtype>(bits[u], token.unfit));
       }
     }
   }
@@ -131,13 +148,27 @@ struct PrepareTokens {
     const std::uint64_t row = std::uint64_t{token.number} * job.pairs;
     const auto* cosines = reinterpret_cast<const float*>(job.cosines) + row;
     const auto* sines = reinterpret_cast<const float*>(job.sines) + row;
-    for (std::uint32_t j = simt::lane(); j < job.pairs; j += simt::kWarp) {
-      const std::uint32_t one = job.style == 1 ? j : 2 * j, two = job.style == 1 ? j + job.pairs : 2 * j + 1;
-      const float first = widen_value<dtype>(load_constant(from + one), token.unfit);
-      const float second = widen_value<dtype>(load_constant(from + two), token.unfit);
-      const float cosine = load_constant(cosines + j), sine = -load_constant(sines + j);
-      see(begin + one, first * cosine - second * sine);
-      see(begin + two, second * cosine + first * sine);
+    constexpr std::uint32_t kAtOnce = 2;
+    const std::uint32_t apart = job.style == 1 ? 1 : 2, partner = job.style == 1 ? job.pairs : 1;
+    for (std::uint32_t j = simt::lane(); j < job.pairs; j += kAtOnce * simt::kWarp) {
+      Bits bits[kAtOnce][2];
+      float angles[kAtOnce][2];
+      KVS_UNROLL for (std::uint32_t u = 0; u < kAtOnce; ++u) {
+        const std::uint32_t pair = j + u * simt::kWarp < job.pairs ? j + u * simt::kWarp : j;
+        bits[u][0] = load_constant(from + apart * pair);
+        bits[u][1] = load_constant(from + apart * pair + partner);
+        angles[u][0] = load_constant(cosines + pair);
+        angles[u][1] = load_constant(sines + pair);
+      }
+      KVS_UNROLL for (std::uint32_t u = 0; u < kAtOnce; ++u) {
+        const std::uint32_t pair = j + u * simt::kWarp;
+        if (pair >= job.pairs) break;
+        const float first = widen_value<dtype>(bits[u][0], token.unfit);
+        const float second = widen_value<dtype>(bits[u][1], token.unfit);
+        const float cosine = angles[u][0], sine = -angles[u][1];
+        see(begin + apart * pair, first * cosine - second * sine);
+        see(begin + apart * pair + partner, second * cosine + first * sine);
+      }
     }
   }
 };
