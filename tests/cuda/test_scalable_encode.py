@@ -210,6 +210,16 @@ def test_components_with_rare_outliers_get_the_classes_of_the_host(coder: Coder,
     assert coder.encode(case) == case.on_host()
 
 
+def test_outliers_of_every_height_get_the_classes_of_the_host(coder: Coder) -> None:
+    step = float(COARSE.units[0, 0].synthesis_scale[0])
+    kv = values_of(21, 400, torch.float32)
+    noise = 0.05 * step * torch.randn(2, 400, 2, DIM, generator=torch.Generator().manual_seed(3))
+    kv[:, 1] = torch.from_numpy(COARSE.mean[:, 1, None]) + noise
+    kv[:, 1, 5] += step * torch.linspace(3, 7.5, 4 * DIM).reshape(2, 2, DIM)
+    case = case_of_layout(kv, COARSE)
+    assert coder.encode(case) == case.on_host()
+
+
 def test_many_components_are_weighed_as_by_the_host(coder: Coder) -> None:
     layout = KVLayout(2, 1, 70, "bfloat16", rope=ROPE)
 
