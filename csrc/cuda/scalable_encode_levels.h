@@ -31,16 +31,16 @@ struct CodeLevels {
   }
 
  private:
-  // How far a warp has written: words from there on, escapes up to there. Both lie in one piece: where
-  // together they take what raw values take, the stream is not shorter, and coding it ends there.
+  // How many words and escapes a warp has written: words from their end down, escapes from their begin up.
+  // Both lie in one piece: where together they take what raw values take, the stream is not shorter, and
+  // coding it ends there. Counts of 32 bits, for pointers are two registers.
   struct Written {
-    std::uint16_t* words;
-    std::uint16_t* escapes;
+    std::uint16_t* words_end;
+    std::uint16_t* escapes_begin;
+    std::uint32_t most;  // together
+    std::uint32_t words = 0, escapes = 0;
 
-    KVS_DEVICE bool is_full(std::uint64_t left) const {
-      return static_cast<std::uint64_t>(reinterpret_cast<std::uint8_t*>(words) -
-                                        reinterpret_cast<std::uint8_t*>(escapes)) <= left;
-    }
+    KVS_DEVICE bool is_full() const { return words + escapes >= most; }
   };
 
   // A lane's component: where its pushes begin, and its numbers, of which escapes need to know.
@@ -56,13 +56,13 @@ struct CodeLevels {
     const EncodeScratch scratch = scratch_of(job, size);
     EncodedStream stream = scratch.stream();
     std::uint32_t state = kStateMin;
-    Written to{scratch.words_end(), scratch.escapes()};
+    Written to{scratch.words_end(), scratch.escapes(), static_cast<std::uint32_t>(size.raw_bytes() / 2)};
     for (std::uint32_t level = size.levels; level-- > 0 && stream.raw == 0;) {
-      const std::uint16_t* end = to.words;
+      const std::uint32_t before = to.words;
       if (!code_level(stream, size, scratch, level, state, to)) stream.raw = 1;
-      stream.words[level] = static_cast<std::uint32_t>(end - to.words);
+      stream.words[level] = to.words - before;
     }
-    stream.escapes = static_cast<std::uint32_t>(to.escapes - scratch.escapes());
+    stream.escapes = to.escapes;
     if (simt::lane() < stream.lanes(size.levels)) scratch.states()[simt::lane()] = state;
     if (simt::lane() == 0) {
       write_lengths(job, size, stream, length);
@@ -121,7 +121,7 @@ struct CodeLevels {
     for (;; batch.begin -= kBatch, batch.there = kBatch) {
       KVS_UNROLL for (std::uint32_t i = 0; i < kBatch; ++i) batch.symbols[i] = next[i];
       if (batch.begin != 0) load(rows, batch.begin - kBatch, kBatch, next);
-      if (to.is_full(EncodeScratch::kSlack)) return false;
+      if (to.is_full()) return false;
       if (full && batch.there == kBatch) {
         code_batch<level, true>(component, batch, state, to);
       } else {
@@ -174,9 +174,9 @@ struct CodeLevels {
       const std::uint32_t escaping = simt::ballot(escapes);
       found[i].meta &= ~PackedPushes::kEscapes;
       if (escapes) {
-        const std::uint32_t after = simt::count_bits(escaping & ~simt::lanes_before()) - 1;
+        const std::uint32_t place = to.escapes + simt::count_bits(escaping & ~simt::lanes_before()) - 1;
         const std::int32_t number = component.numbers[(std::uint64_t{batch.begin} + i) * component.stride];
-        to.escapes[after] = static_cast<std::uint16_t>(coarsen_number(coarsen_number(number)));
+        to.escapes_begin[place] = static_cast<std::uint16_t>(coarsen_number(coarsen_number(number)));
       }
       to.escapes += simt::count_bits(escaping);
     }
@@ -186,9 +186,10 @@ struct CodeLevels {
   KVS_DEVICE static void push_row(const Push& push, bool used, std::uint32_t& state, Written& to) {
     const std::uint32_t emits = (whole || used) && must_emit(state, push);
     const std::uint32_t emitting = simt::ballot(emits != 0);
-    to.words -= simt::count_bits(emitting);
+    to.words += simt::count_bits(emitting);
     if (emits != 0) {
-      store_value(to.words + simt::count_bits(emitting & simt::lanes_before()),
+      const std::uint32_t before = simt::count_bits(emitting & simt::lanes_before());
+      store_value(to.words_end + static_cast<std::int32_t>(before - to.words),
                   static_cast<std::uint16_t>(state));
     }
     const std::uint32_t pushed = push_symbol(state >> 16 * emits, push);
