@@ -35,16 +35,18 @@ NAMESPACE = Namespace(model="tiny", revision="1", layout=LAYOUT, chunk_tokens=32
 TOKENS = list(range(100, 100 + CHUNKS * NAMESPACE.chunk_tokens))
 MARGIN_S = 1.0
 """For what is not waiting: two busy cores may be slow."""
+PATIENT = {"read_timeout_s": 30.0, "request_deadline_s": 60.0}
+"""Settings for faults that no time-out is to end."""
 
 
 def measure_patience() -> float:
     """How many times longer than on a busy machine all takes on this one now: a short time-out that ends what goes well
-    would be taken for a fault. 1 where two processes share each core.
+    would be taken for a fault. 1 where three processes share two cores.
     """
     begin, work = time.monotonic(), time.thread_time() + 0.02
     while time.thread_time() < work:
         pass
-    return min(max(1.0, (time.monotonic() - begin) / 0.02 / 2), 8.0)
+    return min(max(1.0, (time.monotonic() - begin) / 0.02 / 1.5), 10.0)
 
 
 def random_kv(seed: int = 0) -> torch.Tensor:

@@ -8,7 +8,7 @@ import random
 import pytest
 from fault_proxy import Action
 from faults.actions import Break, Delay, Hang, Stall, Trickle
-from faults.scene import TOKENS, Scene
+from faults.scene import PATIENT, TOKENS, Scene
 
 from kvstore_s3.errors import KVStoreError, StoreUnavailableError
 from kvstore_s3.objectstore.open import open_store
@@ -52,7 +52,7 @@ async def test_nothing_is_written_into_the_buffer_of_a_read_that_was_cancelled(
 @pytest.mark.parametrize("fault", [Delay(0.1), Break(after=10_000), Hang()], ids=["late", "broken off", "no answer"])
 async def test_loads_that_are_cancelled_give_their_buffers_back(filled: Scene, fault: Action) -> None:
     moments = random.Random(3)
-    async with filled.open(buffer_bytes=1024 * 1024) as store:
+    async with filled.open(buffer_bytes=1024 * 1024, **PATIENT) as store:
         hit = await store.lookup(TOKENS)
         before = asyncio.all_tasks()
         with filled.proxy.fault("GetObject", fault, skip=3, times=10):
@@ -70,7 +70,7 @@ async def test_loads_that_are_cancelled_give_their_buffers_back(filled: Scene, f
 
 async def test_saves_that_are_cancelled_leave_no_upload_and_no_half_object(scene: Scene) -> None:
     moments = random.Random(5)
-    async with scene.open() as store:
+    async with scene.open(**PATIENT) as store:
         with scene.proxy.fault("PutObject", Delay(0.05)):
             for _ in range(6):
                 task = asyncio.create_task(store.save(TOKENS, scene.kv))
@@ -89,7 +89,7 @@ async def test_saves_that_are_cancelled_leave_no_upload_and_no_half_object(scene
 async def test_a_store_that_is_closed_during_an_upload_aborts_it_first(
     scene: Scene, plane: str, *, cancelled: bool
 ) -> None:
-    store = open_store(scene.url, scene.settings(data_plane=plane, upload_concurrency=2))
+    store = open_store(scene.url, scene.settings(data_plane=plane, upload_concurrency=2, **PATIENT))
     with scene.proxy.fault("UploadPart", Delay(0.2)) as rule:
         task = asyncio.create_task(store.put("aa/bb/large", bytes(16 * 1024 * 1024)))
         assert await asyncio.to_thread(rule.first_met.wait, 60)

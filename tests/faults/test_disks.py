@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import loading_process
-from faults.scene import CHUNKS, REAL, TOKENS, Scene, serve
+from faults.scene import CHUNKS, PATIENT, REAL, TOKENS, Scene, serve
 
 from kvstore_s3 import KVStore
 
@@ -33,11 +33,7 @@ def tier(tmp_path: Path) -> Path:
 
 
 def open_tiered(scene: Scene, tier: Path, **overrides: object) -> KVStore:
-    patience: dict[str, object] = {
-        "read_timeout_s": 20.0,
-        "request_deadline_s": 60.0,
-    }  # the network is not at fault here
-    return scene.open(nvme_tier_dir=tier, nvme_tier_bytes=64 * 1024 * 1024, **{**patience, **overrides})
+    return scene.open(nvme_tier_dir=tier, nvme_tier_bytes=64 * 1024 * 1024, **{**PATIENT, **overrides})
 
 
 def files_in(tier: Path) -> list[Path]:
@@ -241,7 +237,7 @@ async def test_readers_killed_while_they_write_to_the_disk_leave_nothing_half_ma
 
 
 async def test_a_host_tier_serves_without_the_store_and_gives_its_memory_back(filled: Scene) -> None:
-    async with filled.open(host_tier_bytes=4 * 1024 * 1024) as store:
+    async with filled.open(host_tier_bytes=4 * 1024 * 1024, **PATIENT) as store:
         await filled.assert_served_in_full(store)
         await store._loader.settle()
         filled.proxy.refuse()
@@ -252,7 +248,7 @@ async def test_a_host_tier_serves_without_the_store_and_gives_its_memory_back(fi
 
 @pytest.mark.parametrize("at", [0, 20, 200, 30_000, -1])
 async def test_a_bit_that_flips_in_host_memory_is_read_from_the_store_instead(filled: Scene, at: int) -> None:
-    async with filled.open(host_tier_bytes=4 * 1024 * 1024) as store:
+    async with filled.open(host_tier_bytes=4 * 1024 * 1024, **PATIENT) as store:
         await filled.assert_served_in_full(store)
         await store._loader.settle()
         key = (await store.lookup(TOKENS)).chunks[1].object_key

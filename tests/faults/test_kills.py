@@ -16,7 +16,7 @@ from fault_proxy import Rule
 from faults import putting_process
 from faults.actions import Delay, Interrupt, LoseAnswer
 from faults.putting_process import KEY, content
-from faults.scene import ON_REAL_SERVERS, Scene, digest
+from faults.scene import ON_REAL_SERVERS, PATIENT, Scene, digest
 
 from kvstore_s3.cli import exits
 from kvstore_s3.cli.gc import GcOptions, collect_garbage
@@ -75,7 +75,7 @@ async def ended(process: subprocess.Popen[str]) -> str:
 
 async def sweep(scene: Scene) -> None:
     """What `kvstore-s3 gc --uploads --older-than 0s` does."""
-    settings = scene.settings(store=scene.url)
+    settings = scene.settings(store=scene.url, **PATIENT)
     report = await asyncio.to_thread(collect_garbage, GcOptions(uploads=True, older_than="0s"), settings)
     assert report.exit_code == exits.DONE, report.lines
 
@@ -104,7 +104,7 @@ async def test_a_writer_killed_at_any_step_leaves_a_whole_object_or_none_and_no_
             assert rule.met == 1, output
     assert process.returncode == -signal.SIGKILL
 
-    store = open_store(scene.url, scene.settings(read_timeout_s=5.0))
+    store = open_store(scene.url, scene.settings(**PATIENT))
     try:
         if operation in ("PutObject", "CompleteMultipartUpload") and sent is None:
             await assert_whole(scene, size)
@@ -136,8 +136,12 @@ async def test_what_a_killed_writer_left_is_removed_when_the_store_is_used_again
         with scene.proxy.fault("UploadPart", kill, times=1):
             await ended(process)
     assert await uploads(scene) != []
-    with putting(scene, PARTS) as process:
-        assert await ended(process) == "created\n"
+    for _ in range(10):  # a store that is closed soon may have to leave some of the rest to the next one
+        with putting(scene, PARTS) as process:
+            assert await ended(process) == "created\n"
+        if not journals(scene.cache_dir):
+            break
+        await asyncio.to_thread(scene.delete, f"{scene.prefix}/{KEY}")
     assert await uploads(scene) == []
     assert journals(scene.cache_dir) == []
 

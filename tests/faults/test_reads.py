@@ -26,7 +26,7 @@ from faults.actions import (
     Trickle,
     WrongRange,
 )
-from faults.scene import CHUNKS, NAMESPACE, TOKENS, Scene, same_bits, serve
+from faults.scene import CHUNKS, NAMESPACE, PATIENT, TOKENS, Scene, same_bits, serve
 
 from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.planner import PrefillSpeed
@@ -159,7 +159,7 @@ LIES = {
 
 @with_names(LIES)
 async def test_a_wrong_answer_ends_the_hit_before_it(filled: Scene, fault: Action) -> None:
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         with filled.proxy.fault("GetObject", fault, filled.keys[2]):
             served = await serve(store, filled.kv)
             assert (served.tokens, served.error) == (2 * NAMESPACE.chunk_tokens, None)
@@ -172,7 +172,7 @@ async def test_a_wrong_answer_ends_the_hit_before_it(filled: Scene, fault: Actio
 @pytest.mark.parametrize("of", [1, 3], ids=["the chunk before", "the chunk behind"])
 async def test_the_bytes_of_another_object_end_the_hit(filled: Scene, of: int) -> None:
     other = await asyncio.to_thread(filled.read, filled.keys[of])
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         with filled.proxy.fault("GetObject", Substitute(other), filled.keys[2]):
             served = await serve(store, filled.kv)
     assert (served.tokens, served.error) == (2 * NAMESPACE.chunk_tokens, None)
@@ -181,7 +181,7 @@ async def test_the_bytes_of_another_object_end_the_hit(filled: Scene, of: int) -
 @pytest.mark.parametrize("read", range(3))
 async def test_an_object_deleted_under_its_reader_ends_the_hit(filled: Scene, read: int) -> None:
     victim = filled.keys[2]
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         hit = await store.lookup(TOKENS)
         assert hit.tokens == len(TOKENS)
         with filled.proxy.fault("GetObject", Meanwhile(lambda: filled.delete(victim)), victim, skip=read, times=1):
@@ -193,7 +193,7 @@ async def test_an_object_deleted_under_its_reader_ends_the_hit(filled: Scene, re
 
 
 async def test_a_body_that_breaks_off_is_resumed_where_it_broke(filled: Scene) -> None:
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         hit = await store.lookup(TOKENS)
         filled.proxy.clear()
         with filled.proxy.fault("GetObject", Break(after=10_000), filled.keys[1], times=1):
@@ -213,7 +213,7 @@ async def test_an_object_replaced_under_its_reader_is_never_mixed_with_its_succe
         Rule("GetObject", Meanwhile(lambda: filled.write(victim, other)), victim, skip=1, times=1),
         Rule("GetObject", Break(after=10_000), victim, times=1),
     )
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         served = await serve(store, filled.kv)
     assert (served.tokens, served.error) == (NAMESPACE.chunk_tokens, None)
 

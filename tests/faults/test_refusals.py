@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from fault_proxy import Action
 from faults.actions import ACCESS_DENIED, CLOCK_SKEW, EXPIRED_TOKEN, NO_SUCH_BUCKET
-from faults.scene import NAMESPACE, TOKENS, Scene, serve
+from faults.scene import NAMESPACE, PATIENT, TOKENS, Scene, serve
 from objectstore.scripted_server import Request, answer, running
 
 from kvstore_s3 import KVStore
@@ -44,7 +44,7 @@ async def test_a_refusal_at_the_start_is_an_error_that_says_what_to_do(
 async def test_a_refusal_at_run_time_is_quick_and_over_when_its_cause_is(
     filled: Scene, fault: Action, advice: str
 ) -> None:
-    async with filled.open(breaker_pause_s=0.1, read_timeout_s=30.0, request_deadline_s=30.0) as store:
+    async with filled.open(breaker_pause_s=0.1, **PATIENT) as store:
         await filled.assert_served_in_full(store)
         with filled.proxy.fault("", fault) as rule:
             for _ in range(5):
@@ -102,7 +102,7 @@ async def given_out(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 async def test_a_token_that_expired_early_is_renewed_once(filled: Scene, given_out: list[Request]) -> None:
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         await filled.assert_served_in_full(store)
         before = len(given_out)
         with filled.proxy.fault("GetObject", EXPIRED_TOKEN, times=1):
@@ -113,7 +113,7 @@ async def test_a_token_that_expired_early_is_renewed_once(filled: Scene, given_o
 async def test_a_token_that_stays_expired_is_not_renewed_again_and_again(
     filled: Scene, given_out: list[Request]
 ) -> None:
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         await filled.assert_served_in_full(store)
         before = len(given_out)
         with filled.proxy.fault("", EXPIRED_TOKEN) as rule:

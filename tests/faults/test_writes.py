@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 from fault_proxy import Action, FaultProxy
 from faults.actions import INTERNAL_ERROR, SLOW_DOWN, Answer, Delay, Hang, LoseAnswer
-from faults.scene import CHUNKS, MARGIN_S, NAMESPACE, ON_REAL_SERVERS, TOKENS, Scene, digest, random_kv
+from faults.scene import CHUNKS, MARGIN_S, NAMESPACE, ON_REAL_SERVERS, PATIENT, TOKENS, Scene, digest, random_kv
 
 from kvstore_s3.errors import KVStoreError, StoreBusyError, StoreUnavailableError
 from kvstore_s3.objectstore.base import ObjectStore
@@ -100,7 +100,7 @@ async def test_writes_are_shed_before_reads_where_the_store_is_busy(filled: Scen
 
 
 async def test_four_writers_of_one_prompt_agree(scene: Scene) -> None:
-    stores = [scene.open(read_timeout_s=30.0, request_deadline_s=60.0) for _ in range(4)]
+    stores = [scene.open(**PATIENT) for _ in range(4)]
     with scene.proxy.fault("PutObject", Delay(0.05)):
         try:
             saved = await asyncio.gather(*(store.save(TOKENS, scene.kv) for store in stores))
@@ -108,7 +108,7 @@ async def test_four_writers_of_one_prompt_agree(scene: Scene) -> None:
             await asyncio.gather(*(store.close() for store in stores))
     assert [one.chunks_new + one.chunks_present for one in saved] == [CHUNKS] * 4
     assert sum(one.chunks_new for one in saved) == CHUNKS
-    async with scene.open() as store:
+    async with scene.open(**PATIENT) as store:
         await scene.assert_served_in_full(store)
     assert scene.uploads() == []
 
