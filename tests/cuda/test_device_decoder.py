@@ -94,10 +94,9 @@ def test_pages_are_found_by_their_block_table(decoder: DeviceDecoder) -> None:
     block_tokens, blocks = 4, [5, 0, 3, 1]
     tokens = len(blocks) * block_tokens
     pages = torch.zeros((2, 2, 7, block_tokens, 2, 8), dtype=torch.bfloat16, device=MEMORY)
-    table = torch.tensor(blocks, dtype=torch.int32, device=MEMORY)
     whole = find_target(pages.data_ptr(), (2, 2, 1, 1, 8), (*pages.stride()[:2], 0, 0, 1), 2)
     block, token, head = pages.stride()[2:5]
-    target = Target(whole.planes, Form(8, token, head, table.data_ptr(), block_tokens, block))
+    target = Target(whole.planes, Form(8, token, head, block_tokens, block), np.array(blocks, np.uint32))
     values = draw_normal(RNG, (2, 2, tokens, 2, 8))
     halves = [encode(np.ascontiguousarray(values[:, :, part])) for part in (slice(0, 6), slice(6, tokens))]
     sections = [

@@ -55,17 +55,26 @@ def answer_of(model: PreTrainedModel) -> list[int]:
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0].tolist()
 
 
-def test_a_hit_that_the_device_decoded_gives_the_tokens_of_the_plain_model(
+def test_a_hit_that_the_device_coded_gives_the_tokens_of_the_plain_model(
     cache: PrefixCache, model: PreTrainedModel, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class CountingLibrary(Library):
+        encoded = 0
+
+        def lossless_encode(self, jobs: int, count: int, pages: Pages, lengths: int, stream: int) -> None:
+            CountingLibrary.encoded += count
+            super().lossless_encode(jobs, count, pages, lengths, stream)
+
     expected = answer_of(model)
-    with DeviceDecoder(device.library, GPU if ON_DEVICE else CPU, SMALLEST_BUDGET) as decoder:
+    library = CountingLibrary(device.library.path, emulated=device.library.emulated)
+    with DeviceDecoder(library, GPU if ON_DEVICE else CPU, SMALLEST_BUDGET) as decoder:
         if not ON_DEVICE:  # there the cache finds the GPU itself
             monkeypatch.setattr(cache, "_gpu", decoder)
         for loaded in (0, 2 * CHUNK + 5):
             assert cache.generate(PROMPT, max_new_tokens=8, do_sample=False)[0].tolist() == expected
             assert cache.last is not None
             assert cache.last.loaded_tokens == loaded
+    assert ON_DEVICE or CountingLibrary.encoded == 3 * 2  # chunks, heads of one section each
 
 
 def test_a_device_that_fails_ends_in_computing(

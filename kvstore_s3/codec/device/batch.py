@@ -17,7 +17,7 @@ CONTROL_BYTES = 1 << 20
 """Of each slot, for jobs, planes and faults: of 25,000 lossless streams, say. As much on the host, page-locked."""
 
 NOT_RUN = 0xFFFFFFFF
-"""The fault of a job that no kernel has come to."""
+"""The fault, or the length, of a job that no kernel has come to."""
 
 
 class _HostBytes:
@@ -72,7 +72,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """How a batch lies in its slot. The control has jobs, planes, faults, in this order."""
+    """How a batch lies in its slot. The control has jobs, planes, block tables, faults, in this order."""
 
     parts: list[tuple[Part, slice]]
     """With the jobs of each."""
@@ -80,6 +80,7 @@ class Batch:
     """Where in the data each run goes."""
     launches: list[Launch]
     planes_at: int
+    blocks_at: int
     faults: slice
     """Bytes of the control."""
 
@@ -97,14 +98,14 @@ class Batch:
                 self._launch(launch, slot, streams, library)
             for part, _ in self.parts:
                 for copy in part.request.copies if part.piece is None else ():
-                    copy.to.copy_(copy.values, non_blocking=True)
+                    copy.queue()
             slot.fetch_control(self.faults)
 
     def _launch(self, launch: Launch, slot: Slot, streams: Streams, library: Library) -> None:
         form = launch.form
         pages = Pages(
             slot.control_address + self.planes_at,
-            form.block_table,
+            slot.control_address + self.blocks_at if form.block_tokens else 0,
             form.block_tokens,
             form.dim,
             form.block_stride,
@@ -123,19 +124,23 @@ def lay_out(parts: Sequence[Part], slot: Slot) -> Batch:
 
 
 class _Layout:
-    """Fills a slot from its beginning: jobs of each launch, then planes, then faults; runs and scratch in the data."""
+    """Fills a slot from its beginning: jobs of each launch, planes, block tables, faults; runs and scratch in the data.
+
+    All requests share one array of planes and one of block tables: their jobs are told from where on theirs lie.
+    """
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._control_at = self._data_at = self._jobs = 0
         self._places: dict[tuple[int, int], tuple[Run, int]] = {}
         self._rows: dict[int, int] = {}  # of requests: where their planes begin
+        self._blocks: dict[int, int] = {}  # and where their blocks do
 
     def lay_out(self, parts: Sequence[Part]) -> Batch:
         groups: dict[tuple[Work, Form], list[tuple[Part, Piece]]] = {}
         placed = [(part, slice(0)) for part in parts if part.piece is None]
-        planes = []
-        row = 0
+        planes, tables = [], []
+        row = block = 0
         for part in parts:
             if part.piece is None:
                 continue
@@ -143,13 +148,18 @@ class _Layout:
             groups.setdefault((part.piece.work, target.form), []).append((part, part.piece))
             if id(part.request) not in self._rows:
                 self._rows[id(part.request)] = row
+                self._blocks[id(part.request)] = block
                 planes.append(target.planes.ravel())
                 row += len(target.planes)
+                if target.blocks is not None:
+                    tables.append(target.blocks)
+                    block += len(target.blocks)
         launches = [self._add(work, form, pieces, placed) for (work, form), pieces in groups.items()]
         planes_at = self._write(np.concatenate(planes) if planes else np.zeros(0, np.uint64))
+        blocks_at = self._write(np.concatenate(tables) if tables else np.zeros(0, np.uint32))
         faults_at = self._write(np.full(self._jobs, NOT_RUN, np.uint32))
         faults = slice(faults_at, faults_at + 4 * self._jobs)
-        return Batch(placed, list(self._places.values()), launches, planes_at, faults)
+        return Batch(placed, list(self._places.values()), launches, planes_at, blocks_at, faults)
 
     def _add(
         self, work: Work, form: Form, pieces: list[tuple[Part, Piece]], placed: list[tuple[Part, slice]]
@@ -161,6 +171,7 @@ class _Layout:
             resolve(work.addresses(jobs), [self._place(run) for run in piece.runs])
             work.move_scratch(jobs, needed)
             jobs["layer_begin"] += np.uint32(self._rows[id(part.request)])
+            jobs["token_begin"] += np.uint32(self._blocks[id(part.request)] * form.block_tokens)
             needed = Scratch(needed.numbers + piece.scratch.numbers, needed.order + piece.scratch.order)
             end = self._control_at + jobs.nbytes  # jobs of one launch lie without gaps
             self._slot.control[self._control_at : end] = jobs.view(np.uint8)

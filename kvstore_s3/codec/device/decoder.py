@@ -23,7 +23,7 @@ import torch
 from kvstore_s3.codec.device.batch import CONTROL_BYTES, Slot, lay_out
 from kvstore_s3.codec.device.library import Library
 from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
-from kvstore_s3.codec.device.requests import Copy, Part, Request, Room, Waiting
+from kvstore_s3.codec.device.requests import Deed, OnQueued, Part, Request, Room, Waiting
 from kvstore_s3.codec.device.scalable_calls import ScalableCalls
 from kvstore_s3.codec.device.scalable_jobs import ScalablePlanner
 from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
@@ -74,7 +74,7 @@ class DeviceDecoder:
         self.device = device
         self.largest = (budget_bytes // SLOTS - CONTROL_BYTES) // ALIGNMENT * ALIGNMENT
         """Bytes of the largest piece."""
-        self._library = library
+        self.library = library
         self.scalable = self._make_planner()
         """Plans sections of codec 3; None where the library does not decode them."""
         self._streams: Streams | None = None
@@ -122,11 +122,11 @@ class DeviceDecoder:
     def takes(self, codec: int, dtype: str, size: int) -> bool:
         """Whether kernels decode a payload of `size` bytes of this codec and dtype."""
         return (
-            self._library is not None
+            self.library is not None
             and codec == LOSSLESS
             and dtype == "bfloat16"
             and size <= self.largest
-            and self._library.has("kvs_lossless_decode")
+            and self.library.has("kvs_lossless_decode")
         )
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -150,8 +150,21 @@ class DeviceDecoder:
         except _FAILURES as error:
             raise _failed(error, "an event") from error
 
+    def hold_current(self, mark: Mark) -> None:
+        """Let the queue that the calling thread computes in wait for a mark of this decoder's. Raises `DeviceError`."""
+        try:
+            self._open().hold_current(mark)
+        except _FAILURES as error:
+            raise _failed(error, "an event") from error
+
     def decode(
-        self, target: Target, pieces: Sequence[Piece], copies: Sequence[Copy] = (), *, after: Mark | None = None
+        self,
+        target: Target,
+        pieces: Sequence[Piece],
+        copies: Sequence[Deed] = (),
+        *,
+        after: Mark | None = None,
+        on_queued: OnQueued | None = None,
     ) -> Future[None]:
         """Decode `pieces`, none larger than `largest`, into `target`, and make `copies`.
 
@@ -159,7 +172,7 @@ class DeviceDecoder:
         stream. It raises `DamagedObjectError` or `DeviceError`, and the target is undefined. It can be cancelled until
         it has begun. Raises `StoreUnavailableError` once closed.
         """
-        request = Request(target, pieces, copies, after)
+        request = Request(target, pieces, copies, after, on_queued)
         if not request.parts:
             request.future.set_result(None)
             return request.future
@@ -168,10 +181,10 @@ class DeviceDecoder:
         return request.future
 
     def _make_planner(self) -> ScalablePlanner | None:
-        if self._library is None or not self._library.has("kvs_scalable_decode"):
+        if self.library is None or not self.library.has("kvs_scalable_decode"):
             return None
         try:
-            return ScalablePlanner(ScalableCalls(self._library), self.put, self.pin)
+            return ScalablePlanner(ScalableCalls(self.library), self.put, self.pin)
         except DeviceError as error:
             log.warning("lossy values are decoded by the CPU: %s", error)
             return None
@@ -211,8 +224,11 @@ class DeviceDecoder:
 
     def _queue(self, streams: Streams, slot: Slot, parts: list[Part]) -> Flight:
         batch = lay_out(parts, slot)
-        batch.queue(slot, streams, self._library)
-        return Flight(batch.parts, slot, batch.faults, streams.mark_decoded())
+        batch.queue(slot, streams, self.library)
+        end = streams.mark_decoded()
+        for part in parts:
+            part.request.note_queued(end)
+        return Flight(batch.parts, slot, batch.faults, end)
 
     def _land_all(self) -> None:
         while (flight := self._flights.get()) is not None:

@@ -75,6 +75,14 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
         ctypes.c_void_p,
         ctypes.c_void_p,
     ),
+    "kvs_lossless_encode": (
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+        ctypes.POINTER(Pages),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+    ),
+    "kvs_lossless_encode_scratch": (ctypes.c_uint64, ctypes.c_uint64),
     "kvs_limit_multiprocessors": (ctypes.c_uint32,),
 }
 """Argument types of the calls that this package makes by `Library.call`; others are given as ctypes values."""
@@ -97,6 +105,8 @@ class Library:
         for name, types in _SIGNATURES.items():
             if self.has(name):
                 getattr(self._calls, name).argtypes = types
+        if self.has("kvs_lossless_encode_scratch"):
+            self._calls.kvs_lossless_encode_scratch.restype = ctypes.c_uint64
 
     def has(self, name: str) -> bool:
         """Whether the library has a function of this name: one built earlier may lack it."""
@@ -118,6 +128,18 @@ class Library:
         addresses; `pages` itself may be forgotten after the call.
         """
         self.call("kvs_lossless_decode", jobs, count, ctypes.byref(pages), faults, stream)
+
+    def lossless_encode(self, jobs: int, count: int, pages: Pages, lengths: int, stream: int) -> None:
+        """Queue the encoding of `count` heads in codec 1 on `stream`, as `lossless_decode` does.
+
+        `jobs` is the device address of `count` `LOSSLESS_ENCODE_JOB`, `lengths` that of `count` uint32, which get the
+        bytes of each head's stream.
+        """
+        self.call("kvs_lossless_encode", jobs, count, ctypes.byref(pages), lengths, stream)
+
+    def lossless_encode_scratch(self, components: int, tokens: int) -> int:
+        """Bytes of scratch that `lossless_encode` needs for a head of so many components (layers x kinds x dim)."""
+        return int(self._calls.kvs_lossless_encode_scratch(components, tokens))
 
     def limit_multiprocessors(self, most: int) -> None:
         """Let calls from now on, of the whole process, fill no more than `most` multiprocessors; 0: all there are."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kvstore_s3.codec.device.library import Library, Pages
 
 Jobs = npt.NDArray[np.void]
-"""Structs of a kernel's jobs. Their field `layer_begin` counts from the target's first layer."""
+"""Structs of a kernel's jobs. Their fields `layer_begin` and `token_begin` count from the target's first."""
 
 ALIGNMENT = 16
 """Of each run in the device's memory, in bytes."""
@@ -96,22 +96,33 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How pages lie, but for the addresses of their planes. Strides in elements; see `KvsPages` in api.h."""
+    """How pages lie, but for their planes and block table. Strides in elements; see `KvsPages` in api.h.
+
+    `block_tokens` 0: there are no blocks, and `token_stride` leads from each token to the next.
+    """
 
     dim: int
     token_stride: int
     head_stride: int
-    block_table: int = 0
     block_tokens: int = 0
     block_stride: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where values go in the device's memory: addresses of each layer's K and V, [layers, 2], and their form."""
+    """Where values lie in the device's memory: addresses of each layer's K and V, [layers, 2], and their form.
+
+    `blocks`, on the host, are the numbers of the blocks that hold its tokens, in order; None where there are none.
+    """
 
     planes: npt.NDArray[np.uint64]
     form: Form
+    blocks: npt.NDArray[np.uint32] | None = None
+
+    @property
+    def control_bytes(self) -> int:
+        """Bytes that the target takes of a slot's control."""
+        return self.planes.nbytes + (0 if self.blocks is None else self.blocks.nbytes)
 
 
 def find_target(address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Target:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.errors import KVStoreError, StoreUnavailableError
+
+
+class Deed(Protocol):
+    """What torch does for a request, beside the kernels."""
+
+    def queue(self) -> None:
+        """Queue it on the stream that torch uses now. What it needs must stay until the request has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,14 @@ class Copy:
     values: torch.Tensor
     to: torch.Tensor
 
+    def queue(self) -> None:
+        self.to.copy_(self.values, non_blocking=True)
+
+
+OnQueued = Callable[[Future[None], Sequence[Mark]], None]
+"""Told, in the thread that queues, when all of a request is in the device's queue: its future, and the marks behind
+which its values are there, if they are sound: that is known only when the future is done."""
+
 
 class Request:
     """One share of a load. `future` is done when nothing of it is under way any more, and only then.
@@ -29,14 +45,23 @@ class Request:
     `after` is a mark from which on the target's memory may be written to.
     """
 
-    def __init__(self, target: Target, pieces: Sequence[Piece], copies: Sequence[Copy], after: Mark | None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        pieces: Sequence[Piece],
+        copies: Sequence[Deed],
+        after: Mark | None,
+        on_queued: OnQueued | None = None,
+    ) -> None:
         self.target = target
         self.copies = copies
         self.after = after
         self.future: Future[None] = Future()
         self.parts: list[Piece | None] = [*pieces, *([None] if copies else [])]
         """Pieces; None stands for the copies."""
-        self._left = len(self.parts)
+        self._left = self._unqueued = len(self.parts)
+        self._on_queued = on_queued
+        self._marks: list[Mark] = []
         self._begun = self._cancelled = False
         self._error: KVStoreError | None = None
         self._lock = threading.Lock()  # parts end in two threads
@@ -47,6 +72,13 @@ class Request:
             self._begun = self.future.set_running_or_notify_cancel()
             self._cancelled = not self._begun
         return self._begun and self._error is None
+
+    def note_queued(self, mark: Mark) -> None:
+        """Note that a part is in the queue, in front of `mark`. For the thread that queues."""
+        self._marks.append(mark)
+        self._unqueued -= 1
+        if not self._unqueued and self._on_queued is not None:
+            self._on_queued(self.future, self._marks)
 
     def end_part(self, error: KVStoreError | None = None) -> None:
         """Note that a part has ended, or will not begin; the last one ends the request."""
@@ -70,10 +102,10 @@ class Part:
 
 
 class Room:
-    """What still fits into one batch: bytes of streams, and of jobs, their faults and the planes of targets."""
+    """What still fits into one batch: bytes of streams, and of jobs, their faults, and targets' planes and blocks."""
 
     def __init__(self, data_bytes: int, control: int) -> None:
-        self._data, self._control = data_bytes, control - 2 * ALIGNMENT
+        self._data, self._control = data_bytes, control - 3 * ALIGNMENT
         self._requests: set[int] = set()
 
     def take(self, part: Part) -> bool:
@@ -84,7 +116,7 @@ class Room:
         data = piece.data_bytes
         control = control_bytes(piece)
         if id(part.request) not in self._requests:
-            control += part.request.target.planes.nbytes
+            control += part.request.target.control_bytes
         if data > self._data or control > self._control:
             return False
         self._data -= data

@@ -35,6 +35,9 @@ class Streams(Protocol):
     def wait_for(self, mark: Mark | None) -> None:
         """Let the decode stream wait for a mark."""
 
+    def hold_current(self, mark: Mark) -> None:
+        """Let the queue that the calling thread computes in wait for a mark."""
+
     def copying(self) -> AbstractContextManager[None]:
         """What torch is asked for inside is queued on the copy stream. What is decoded later comes behind it."""
 
@@ -63,6 +66,9 @@ class HostStreams:
         return None
 
     def wait_for(self, mark: Mark | None) -> None:
+        pass
+
+    def hold_current(self, mark: Mark) -> None:
         pass
 
     def copying(self) -> AbstractContextManager[None]:
@@ -100,6 +106,10 @@ class CudaStreams:
     def wait_for(self, mark: Mark | None) -> None:
         if isinstance(mark, torch.cuda.Event):
             self._decode.wait_event(mark)
+
+    def hold_current(self, mark: Mark) -> None:
+        if isinstance(mark, torch.cuda.Event):
+            torch.cuda.current_stream(self._device).wait_event(mark)
 
     @contextmanager
     def copying(self) -> Iterator[None]:
