@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvstore_s3.bitstream import Identity
+from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.hits import Hit
 from kvstore_s3.layout import Shard
@@ -38,9 +39,11 @@ def check_hit(hit: Hit, namespace: Namespace) -> None:
         raise InvalidArgumentError("this hit is of another namespace; look the tokens up in the store that loads them")
 
 
-def check_values(kv: torch.Tensor, namespace: Namespace, shard: Shard) -> None:
+def check_values(kv: torch.Tensor | DeviceKV, namespace: Namespace, shard: Shard) -> None:
     """Whether `kv` [layers, 2, tokens, heads, dim] is KV of `shard`."""
-    if not isinstance(kv, torch.Tensor) or kv.layout != torch.strided or kv.is_meta:
+    if not isinstance(kv, DeviceKV) and not (
+        isinstance(kv, torch.Tensor) and kv.layout == torch.strided and not kv.is_meta
+    ):
         raise InvalidArgumentError(f"kv must be a dense tensor with values, not {kv!r:.80}")
     layout = namespace.layout
     expected = (shard.layers, 2, shard.heads, layout.head_dim)

@@ -119,7 +119,8 @@ class Settings(BaseSettings):
     """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
 
     device_buffer_bytes: Annotated[int, Field(ge=6 * MiB)] = 128 * MiB
-    """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels."""
+    """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels. Saves out of its
+    memory take half as much, for encoded bytes on their way from there."""
 
     device_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a GPU's multiprocessors that decoding may fill at once, in this process. 1: all."""

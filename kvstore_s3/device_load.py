@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import torch
 
 from kvstore_s3.bitstream import PARTS_KV, PROFILES, Header, Section
 from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.codec.device.jobs import LosslessSection, plan_pieces
-from kvstore_s3.codec.device.pieces import Piece, find_target
-from kvstore_s3.codec.device.requests import Copy
+from kvstore_s3.codec.device.pieces import Piece, Target, find_target
+from kvstore_s3.codec.device.requests import Copy, Deed, OnQueued
 from kvstore_s3.codec.device.scalable_jobs import CodedSection
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.codec.scalable import SCALABLE
@@ -33,28 +33,83 @@ Device: TypeAlias = torch.device | str | DeviceDecoder
 """A device's name, or the caller's own decoder for one."""
 
 
-@dataclass(frozen=True, slots=True)
-class DevicePlace:
-    """Where values are decoded to: a tensor [layers, 2, tokens, heads, dim] on the decoder's device, or a part of it.
+class DeviceMemory(Protocol):
+    """Memory for values [layers, 2, tokens, heads, dim] on a device: a tensor, or an engine's blocks."""
 
-    `after` says from where on in the device's queue the memory may be written to.
-    """
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, index: Any) -> Self:
+        """A rectangle of it."""
+
+    def target(self) -> Target:
+        """For kernels."""
+
+    def copy_from(self, values: torch.Tensor, layer_begin: int, halves: slice) -> Deed:
+        """The deed that writes `values` [some layers, K or V or both, tokens, heads, dim] from `layer_begin` on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorMemory:
+    """A tensor [layers, 2, tokens, heads, dim], or a part of one."""
 
     values: torch.Tensor
-    decoder: DeviceDecoder
-    after: Mark | None
-
-    @classmethod
-    def of(cls, values: torch.Tensor, decoder: DeviceDecoder) -> DevicePlace:
-        """The place that is all of `values`, which the calling thread has allocated."""
-        return cls(values, decoder, decoder.mark_current())
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.values.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def __getitem__(self, index: Any) -> TensorMemory:
+        return TensorMemory(self.values[index])
+
+    def target(self) -> Target:
+        values = self.values
+        return find_target(values.data_ptr(), values.shape, values.stride(), values.element_size())
+
+    def gather(self, out: torch.Tensor) -> None:
+        """Queue the copy into `out`, of this shape."""
+        out.copy_(self.values, non_blocking=True)
+
+    def copy_from(self, values: torch.Tensor, layer_begin: int, halves: slice) -> Deed:
+        return Copy(values, self.values[layer_begin : layer_begin + len(values), halves])
+
+
+Ready = Callable[[], Awaitable[Mark | None]]
+"""Waits until memory may be written to; gives the mark in the device's queue from which on."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlace:
+    """Where values are decoded to: memory of the decoder's device.
+
+    `after` says from where on in the device's queue it may be written to, or `ready` does, once it is known.
+    `on_queued` hears of what is being decoded there.
+    """
+
+    memory: DeviceMemory
+    decoder: DeviceDecoder
+    after: Mark | None = None
+    ready: Ready | None = None
+    on_queued: OnQueued | None = None
+
+    @classmethod
+    def of(cls, values: torch.Tensor, decoder: DeviceDecoder) -> DevicePlace:
+        """The place that is all of `values`, which the calling thread has allocated."""
+        return cls(TensorMemory(values), decoder, decoder.mark_current())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.memory.shape
+
     def __getitem__(self, index: Any) -> DevicePlace:
-        return DevicePlace(self.values[index], self.decoder, self.after)
+        return replace(self, memory=self.memory[index])
 
     async def decode_band(
         self,
@@ -68,9 +123,9 @@ class DevicePlace:
         """As `load.decode_band`, into this place, which is the rectangle `wanted`."""
         work = (self, header, first_token, calibration, wanted, pieces)
         streams, copies = await in_thread(threads, _plan_band, *work)
-        values = self.values
-        target = find_target(values.data_ptr(), values.shape, values.stride(), values.element_size())
-        decoding = self.decoder.decode(target, streams, copies, after=self.after)
+        after = self.after if self.ready is None else await self.ready()
+        target = self.memory.target()
+        decoding = self.decoder.decode(target, streams, copies, after=after, on_queued=self.on_queued)
         await finish(asyncio.wrap_future(decoding), on_cancel=decoding.cancel)
 
 
@@ -81,7 +136,7 @@ def _plan_band(
     calibration: Calibration | None,
     wanted: Shard,
     pieces: Sequence[tuple[BandRange, memoryview]],
-) -> tuple[list[Piece], list[Copy]]:
+) -> tuple[list[Piece], list[Deed]]:
     """Verify the sections in `pieces`; what the device is to decode, and what it is to be given decoded."""
     streams: list[Piece] = []
     rest: dict[int, memoryview] = {}
@@ -95,7 +150,7 @@ def _plan_band(
             else:
                 rest[number] = payload
         streams += plan_pieces(sections, place.decoder.largest)
-    copies = []
+    copies: list[Deed] = []
     for numbers in group_levels(header.table, list(rest)):
         stored = [rest[number] for number in numbers]
         piece = _plan_scalable(place, header, numbers, stored, first_token, calibration, wanted)
@@ -176,16 +231,13 @@ def _decode_here(
     first_token: int,
     calibration: Calibration | None,
     wanted: Shard,
-) -> Copy:
+) -> Deed:
     """Decode the levels of one place on the host, all of its layers; give what of it is wanted to the device."""
     section = header.table.sections[numbers[0]]
-    values = place.values
-    whole = place.decoder.staging((section.layers, *values.shape[1:]), values.dtype)
+    whole = place.decoder.staging((section.layers, *place.shape[1:]), place.memory.dtype)
     head_begin = wanted.head_begin - header.identity.shard.head_begin
     decode_section(header, numbers, payloads, view_bits(whole), first_token, calibration, head_begin=head_begin)
     halves = HALVES[section.parts]
     begin, end = max(section.layer_begin, wanted.layer_begin), min(section.layer_end, wanted.layer_end)
-    return Copy(
-        whole[begin - section.layer_begin : end - section.layer_begin, halves],
-        values[begin - wanted.layer_begin : end - wanted.layer_begin, halves],
-    )
+    decoded = whole[begin - section.layer_begin : end - section.layer_begin, halves]
+    return place.memory.copy_from(decoded, begin - wanted.layer_begin, halves)

@@ -56,15 +56,39 @@ def encode_object(
     kv = kv.detach().cpu()
     bits = view_bits(kv if _rows_contiguous(kv) else kv.contiguous())
     group = encoding.calibration[1].layer_group if encoding.calibration else encoding.layer_group
+    first = identity.shard.layer_begin
+    coded = []
+    for begin, end in layer_ranges(0, len(bits), group):
+        levels = _encode_levels(bits[begin:end], identity, encoding, first + begin, first_token)
+        coded.append(CodedGroup(begin, end, levels))
+    return assemble_object(identity, coded, encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedGroup:
+    """Layers `begin` to `end` of a chunk, the first of its shard being 0: codec id and payload of each level."""
+
+    begin: int
+    end: int
+    levels: Sequence[tuple[int, bytes]]
+
+
+def layer_ranges(begin: int, end: int, group: int) -> list[tuple[int, int]]:
+    """Layers cut into groups of so many; the last may have fewer."""
+    return [(first, min(first + group, end)) for first in range(begin, end, group)]
+
+
+def assemble_object(
+    identity: Identity, groups: Sequence[CodedGroup], encoding: Encoding
+) -> tuple[bytearray, SectionTable]:
+    """The object of one chunk whose layer groups have been coded."""
     levels: list[list[Payload]] = []
-    shard = identity.shard
-    for begin in range(shard.layer_begin, shard.layer_end, group):
-        end = min(begin + group, shard.layer_end)
-        values = bits[begin - shard.layer_begin : end - shard.layer_begin]
-        for level, (codec_id, data) in enumerate(_encode_levels(values, identity, encoding, begin, first_token)):
+    first = identity.shard.layer_begin
+    for group in groups:
+        for level, (codec_id, data) in enumerate(group.levels):
             if level == len(levels):
                 levels.append([])
-            levels[level].append(Payload(level, PARTS_KV, codec_id, begin, end, data))
+            levels[level].append(Payload(level, PARTS_KV, codec_id, first + group.begin, first + group.end, data))
     return build_object(
         identity,
         [payload for level in levels for payload in level],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +13,10 @@ import torch
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.device.decoder import DeviceDecoder
-from kvstore_s3.codec.device.library import find_library
 from kvstore_s3.config import Settings
-from kvstore_s3.device_load import Device, DevicePlace
+from kvstore_s3.device_load import DevicePlace
+from kvstore_s3.devices import Devices
 from kvstore_s3.encode import view_bits
-from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import KVLayout, Shard
 from kvstore_s3.load import StoredChunk, in_thread
 from kvstore_s3.metrics import Count
@@ -30,7 +27,7 @@ from kvstore_s3.reader import Reader
 from kvstore_s3.recycling import Recycler
 from kvstore_s3.section_index import SectionTable
 from kvstore_s3.shared_link import SharedLink
-from kvstore_s3.streaming import Sink, Stream
+from kvstore_s3.streaming import PlaceFinder, Sink, Stream
 from kvstore_s3.tiers import Tiers
 from kvstore_s3.transfer.bandwidth import Bandwidth
 from kvstore_s3.transfer.buffers import SlabPool
@@ -38,8 +35,6 @@ from kvstore_s3.transfer.hedging import HedgePolicy
 from kvstore_s3.transfer.prefetcher import Prefetcher
 from kvstore_s3.transfer.ranges import Band, plan_bands
 from kvstore_s3.transfer.window import Window
-
-log = logging.getLogger("kvstore_s3")
 
 
 class Loader:
@@ -67,7 +62,7 @@ class Loader:
         cores = settings.codec_threads or os.cpu_count() or 1
         self._chunks_at_once = settings.download_concurrency + cores
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
-        self._on_devices: dict[torch.device, DeviceDecoder] = {}
+        self.devices = Devices(settings)
         self._recycler = Recycler(settings.reuse_bytes)
         self.slabs = SlabPool(settings.buffer_bytes, pin=settings.pin_memory)
         self._written = 0  # bytes of objects on their way into the tiers
@@ -94,6 +89,7 @@ class Loader:
         pace: Pace | None,
         by_layer: bool = False,
         sink: Sink | None = None,
+        find_place: PlaceFinder | None = None,
         decoder: DeviceDecoder | None = None,
     ) -> Stream:
         """A load of `chunks` (one at least) into `out` [layers, 2, tokens, kv heads, head dim], or new memory.
@@ -128,6 +124,7 @@ class Loader:
             view=view_bits if decoder is None else partial(DevicePlace.of, decoder=decoder),
             on_lost=on_lost,
             sink=sink,
+            find_place=find_place,
             at_once=self._chunks_at_once,
             pace=pace,
             lowest_profile=self._settings.lowest_profile,
@@ -165,35 +162,6 @@ class Loader:
         dtype = getattr(torch, self._layout.dtype)
         return self._recycler.empty(shape, dtype) if decoder is None else decoder.empty(shape, dtype)
 
-    def decoder_for(self, device: Device | None) -> DeviceDecoder | None:
-        """What decodes into the memory of `device`; None for the host. One for each device, while the store is open.
-
-        Raises `InvalidArgumentError` for a device of another kind, and `DeviceError` where there is no such GPU.
-        """
-        if device is None or isinstance(device, DeviceDecoder):
-            return device
-        wanted = torch.device(device)
-        if wanted.type == "cpu":
-            return None
-        if wanted.type != "cuda":
-            raise InvalidArgumentError(f"values can be loaded to the CPU and to CUDA devices, not to {device}")
-        if wanted == torch.device("cuda") and torch.cuda.is_available():
-            wanted = torch.device("cuda", torch.cuda.current_device())
-        if wanted not in self._on_devices:
-            self._on_devices[wanted] = self._open_device(wanted)
-        return self._on_devices[wanted]
-
-    def _open_device(self, device: torch.device) -> DeviceDecoder:
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"there is no {device} that torch {torch.__version__} can use; load to the CPU")
-        found = find_library()
-        if found.library is None:
-            log.info("values for %s are decoded by the CPU: %s", device, found.reason)
-        elif self._settings.device_share < 1:
-            most = torch.cuda.get_device_properties(device).multi_processor_count
-            found.library.limit_multiprocessors(max(1, round(most * self._settings.device_share)))
-        return DeviceDecoder(found.library, device, self._settings.device_buffer_bytes)
-
     def keep(self, key: str, table: SectionTable, data: bytearray) -> None:
         """Offer an object that was written to the tiers, unless they have fallen behind by as much as uploads may."""
         if not self.tiers or self._written + len(data) > self._settings.upload_bytes:
@@ -211,8 +179,7 @@ class Loader:
         """Release memory and threads, once the reads under way have ended."""
         await self._prefetcher.close()
         await self.tiers.close()
-        for decoder in self._on_devices.values():
-            await asyncio.to_thread(decoder.close)
+        await self.devices.close()
         self.slabs.close()
         self._recycler.close()
         self._threads.shutdown(wait=False, cancel_futures=True)

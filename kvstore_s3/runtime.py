@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore_s3.config import Settings
 from kvstore_s3.device_load import Device
+from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
@@ -128,7 +129,7 @@ class SyncKVStore:
     def save(
         self,
         token_ids: TokenIds,
-        kv: torch.Tensor,
+        kv: torch.Tensor | DeviceKV,
         *,
         salt: str | bytes | None = None,
         first_token: int = 0,
@@ -138,7 +139,12 @@ class SyncKVStore:
         return self.runtime.run(saved)
 
     def save_keys(
-        self, keys: Sequence[bytes], kv: torch.Tensor, *, first_token: int = 0, prefix_quality: str = "lossless"
+        self,
+        keys: Sequence[bytes],
+        kv: torch.Tensor | DeviceKV,
+        *,
+        first_token: int = 0,
+        prefix_quality: str = "lossless",
     ) -> Saved:
         return self.runtime.run(self.kv.save_keys(keys, kv, first_token=first_token, prefix_quality=prefix_quality))
 

@@ -16,7 +16,8 @@ from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import LEVELS
 from kvstore_s3.config import Settings
-from kvstore_s3.encode import Encoding, encode_object
+from kvstore_s3.device_save import DeviceKV
+from kvstore_s3.encode import Encoding, assemble_object, encode_object
 from kvstore_s3.errors import StoreRefusedError
 from kvstore_s3.hits import Saved
 from kvstore_s3.inspection import object_key
@@ -69,9 +70,15 @@ class Saver:
         self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode")  # apart: a load does not wait for a save
         self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, count, encoders=cores)
         self._described = self._told_misfit = False
+        exact = quality.object_profile not in {"scalable", "cachegen"}
+        self._coded_on_device = settings.layer_group if exact else None
+
+    async def take(self, kv: DeviceKV) -> None:
+        """Read whole chunks off their device; see `KVStore.take`."""
+        await kv.take_all(self._namespace.chunk_tokens, self._coded_on_device)
 
     async def save(
-        self, chunks: Sequence[Identity], kv: torch.Tensor, *, first_token: int, prefix_quality: str
+        self, chunks: Sequence[Identity], kv: torch.Tensor | DeviceKV, *, first_token: int, prefix_quality: str
     ) -> Saved:
         """Store those of `chunks`, the first at position `first_token`, that are not there; see `KVStore.save`.
 
@@ -95,9 +102,8 @@ class Saver:
 
         def jobs() -> Iterable[_Job]:
             for index in missing:
-                values = kv[:, :, index * size : (index + 1) * size]
                 position = first_token + index * size
-                yield self._upload_job(chunks[index], values, position, encoding, replace=index in damaged)
+                yield self._upload_job(chunks[index], kv, index * size, position, encoding, replace=index in damaged)
 
         written = await self._uploader.run(jobs())
         new = sum(1 for length in written if length)
@@ -121,13 +127,29 @@ class Saver:
         return Encoding(self._quality, self._layer_group, self._rotation, calibration, levels)
 
     def _upload_job(
-        self, identity: Identity, kv: torch.Tensor, first_token: int, encoding: Encoding, *, replace: bool
+        self,
+        identity: Identity,
+        kv: torch.Tensor | DeviceKV,
+        begin: int,
+        first_token: int,
+        encoding: Encoding,
+        *,
+        replace: bool,
     ) -> _Job:
-        """Encode and put one chunk; the job's result is its bytes, or 0 where another writer was first."""
-        key = object_key(identity)
+        """Encode and put one chunk, the tokens of `kv` from `begin` on, which is at position `first_token`.
+
+        The job's result is its bytes, or 0 where another writer was first.
+        """
+        key, tokens = object_key(identity), self._namespace.chunk_tokens
 
         async def encode() -> tuple[bytearray, SectionTable]:
-            return await in_thread(self._encoders, encode_object, identity, kv, encoding, first_token)
+            if isinstance(kv, DeviceKV):
+                values = await kv.take(begin, tokens, self._coded_on_device)
+                if not isinstance(values, torch.Tensor):
+                    return await in_thread(self._encoders, assemble_object, identity, values, encoding)
+            else:
+                values = kv[:, :, begin : begin + tokens]
+            return await in_thread(self._encoders, encode_object, identity, values, encoding, first_token)
 
         async def put(encoded: tuple[bytearray, SectionTable]) -> int:
             data, table = encoded
@@ -142,7 +164,7 @@ class Saver:
                 self._loader.keep(key, table, data)
             return len(data) if created else 0
 
-        return UploadJob(encode, kv.nbytes, put, size=lambda encoded: len(encoded[0]))
+        return UploadJob(encode, kv.nbytes // kv.shape[2] * tokens, put, size=lambda encoded: len(encoded[0]))
 
     async def _remove_broken(self, identity: Identity) -> None:
         """Remove the object of another rectangle that lost the chunk: nobody else may ever write it anew."""

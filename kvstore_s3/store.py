@@ -17,8 +17,10 @@ from kvstore_s3.assembly import assemble
 from kvstore_s3.bitstream import Identity
 from kvstore_s3.codec.arithmetic import require_coder
 from kvstore_s3.codec.device.decoder import DeviceDecoder
+from kvstore_s3.codec.device.encoder import DeviceEncoder
 from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.device_load import Device
+from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import InvalidArgumentError
 from kvstore_s3.gauges import measure
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key
@@ -33,7 +35,7 @@ from kvstore_s3.objectstore.guarded import GuardedStore
 from kvstore_s3.objectstore.open import open_store
 from kvstore_s3.pace import Pace
 from kvstore_s3.quality import check_dtype, describe_quality, find_quality, worst_quality
-from kvstore_s3.streaming import Sink, Stream
+from kvstore_s3.streaming import PlaceFinder, Sink, Stream
 
 __all__ = ["ChunkPlace", "Hit", "KVStore", "LayerGroup", "Pace", "Saved", "TokenIds"]
 
@@ -172,7 +174,7 @@ class KVStore:
         built with them. Raises `StoreError` where the store fails, and `DeviceError` where the device does.
         """
         check_hit(hit, self.namespace)
-        decoder = self._loader.decoder_for(device)
+        decoder = self._loader.devices.decoder_for(device)
         out = self._loader.empty(self.shard.layers, hit.tokens, decoder)
         tokens = 0
         async with aclosing(self._stream(hit, 0, out, pace, decoder=decoder)) as groups:
@@ -188,6 +190,7 @@ class KVStore:
         pace: Pace | None = None,
         by_layer: bool = False,
         sink: Sink | None = None,
+        find_place: PlaceFinder | None = None,
         device: Device | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         """The hit's KV from `first_token` (a chunk boundary) on, group by group of layers in layer order.
@@ -196,13 +199,16 @@ class KVStore:
         and `load` for what `pace` and `device` do. No group at all comes where nothing is worth loading. `by_layer`:
         groups are as small as they can be. `sink` is awaited for each chunk's share of a group as soon as it is
         decoded, and has to copy it: memory is used again when it returns, and a group's own `kv` then has a shape, but
-        no values.
+        no values. `find_place`, beside a sink, is asked first where on the device a chunk's share of a group is decoded
+        to: into an engine's blocks, and the sink has nothing to do.
         """
         check_hit(hit, self.namespace)
         check_boundary(first_token, self.namespace)
         first_chunk = first_token // self.namespace.chunk_tokens
-        decoder = self._loader.decoder_for(device)
-        stream = self._stream(hit, first_chunk, None, pace, by_layer=by_layer, sink=sink, decoder=decoder)
+        decoder = self._loader.devices.decoder_for(device)
+        stream = self._stream(
+            hit, first_chunk, None, pace, by_layer=by_layer, sink=sink, find_place=find_place, decoder=decoder
+        )
         async with aclosing(stream) as groups:
             async for group in groups:
                 yield group
@@ -210,7 +216,7 @@ class KVStore:
     async def save(
         self,
         token_ids: TokenIds,
-        kv: torch.Tensor,
+        kv: torch.Tensor | DeviceKV,
         *,
         salt: str | bytes | None = None,
         first_token: int = 0,
@@ -224,7 +230,8 @@ class KVStore:
         is a miss to readers of more. An object found damaged before, of a profile that the store's does not accept, or
         coded with a calibration that is not there is replaced, and counts as new. A scalable profile uses the
         namespace's current calibration, where it has one that fits the rectangle. Raises `StoreError` where the store
-        fails; what was written by then is whole and stays.
+        fails; what was written by then is whole and stays. KV on a GPU, on its default stream, is coded there where the
+        package was built for it: the same bytes.
         """
         tokens = as_token_array(token_ids)
         check_boundary(first_token, self.namespace)
@@ -237,7 +244,12 @@ class KVStore:
         return await self.save_keys(keys, kv, first_token=first_token, prefix_quality=prefix_quality)
 
     async def save_keys(
-        self, keys: Sequence[bytes], kv: torch.Tensor, *, first_token: int = 0, prefix_quality: str = "lossless"
+        self,
+        keys: Sequence[bytes],
+        kv: torch.Tensor | DeviceKV,
+        *,
+        first_token: int = 0,
+        prefix_quality: str = "lossless",
     ) -> Saved:
         """As `save`, by the keys of the whole chunks that `kv` has, the first of which begins at `first_token`."""
         check_boundary(first_token, self.namespace)
@@ -246,7 +258,28 @@ class KVStore:
         if len(keys) != count:
             raise InvalidArgumentError(f"kv holds {count} whole chunks, but {len(keys)} keys were given")
         chunks = [self._identity(key) for key in keys]
+        if isinstance(kv, torch.Tensor) and kv.device.type == "cuda":
+            encoder = self._loader.devices.encoder_for(kv.device)
+            kv = kv if encoder is None else DeviceKV.of(kv if kv.stride(4) == 1 else kv.contiguous(), encoder)
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
+
+    async def take(self, kv: DeviceKV) -> None:
+        """Read all of `kv` that `save_keys` will be given off its device: coded there, or as it is.
+
+        When it returns or raises, nothing reads the device's memory any more. Raises `DeviceError`.
+        """
+        await self._saver.take(kv)
+
+    def encoder_for(self, device: Device | None) -> DeviceEncoder | None:
+        """What encodes out of the memory of `device`; see `decoder_for`."""
+        return self._loader.devices.encoder_for(device)
+
+    def decoder_for(self, device: Device | None) -> DeviceDecoder | None:
+        """What decodes into the memory of `device`, for as long as the store is open; None for the host.
+
+        Raises `InvalidArgumentError` for a device of another kind than CUDA, and `DeviceError` where it is not there.
+        """
+        return self._loader.devices.decoder_for(device)
 
     async def warm_up(self, tokens: int) -> None:
         """Have the memory that a load of so many tokens into a sink takes before the first load waits for it."""
@@ -292,13 +325,21 @@ class KVStore:
         *,
         by_layer: bool = False,
         sink: Sink | None = None,
+        find_place: PlaceFinder | None = None,
         decoder: DeviceDecoder | None = None,
     ) -> AsyncGenerator[LayerGroup, None]:
         chunks = hit.chunks[first_chunk:]
         if not chunks:
             return
         stream = self._loader.stream(
-            chunks, out, on_lost=self._finder.lose, pace=pace, by_layer=by_layer, sink=sink, decoder=decoder
+            chunks,
+            out,
+            on_lost=self._finder.lose,
+            pace=pace,
+            by_layer=by_layer,
+            sink=sink,
+            find_place=find_place,
+            decoder=decoder,
         )
         async with aclosing(stream.run()) as bands:
             async for band, kv in bands:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 
@@ -39,6 +40,11 @@ Sink = Callable[[int, int, torch.Tensor], Awaitable[None]]
 them. It may be given chunks in any order, and such as turn out to lie behind a lost one."""
 
 
+PlaceFinder: TypeAlias = "Callable[[Band, int], Place | None]"
+"""Where the share of a band that a chunk, by its number in the hit, has is decoded to; None: into new memory, for the
+sink."""
+
+
 @dataclass(slots=True)
 class Group:
     """A band that is read into `kv`, which has room for the first `chunks` chunks of the load (see `Stream._room`)."""
@@ -58,8 +64,8 @@ class Stream:
 
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
     into, or a chunk's share of it where there is a `sink`, which is awaited for each as soon as it is there; `view`
-    makes what the reader gets of it. `on_lost` hears of objects that could not be used, and since when the load runs;
-    it ends before the first of them.
+    makes what the reader gets of it. `find_place`, beside a sink, gives some chunks their places. `on_lost` hears of
+    objects that could not be used, and since when the load runs; it ends before the first of them.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class Stream:
         at_once: int,
         view: Callable[[torch.Tensor], Place] = view_bits,
         sink: Sink | None = None,
+        find_place: PlaceFinder | None = None,
         pace: Pace | None = None,
         lowest_profile: str | None = None,
         count: Count = ignore,
@@ -89,6 +96,7 @@ class Stream:
         self._view = view
         self._on_lost = on_lost
         self._sink = sink
+        self._find_place = find_place
         self._turns = asyncio.Semaphore(at_once)
         self._pace = pace
         self._count = count
@@ -151,8 +159,10 @@ class Stream:
         """
         if self._sink is None:
             return self._allocate(band, self.good)
-        one = self._allocate(band, 1)
-        return one[:, :, :1].expand(-1, -1, self.good * one.shape[2], -1, -1)
+        identity = self.chunks[0].identity
+        layout, layers = identity.layout, band.layer_end - band.layer_begin
+        one = torch.empty(layers, 2, 1, self._shard.heads, layout.head_dim, dtype=getattr(torch, layout.dtype))
+        return one.expand(-1, -1, self.good * identity.tokens, -1, -1)
 
     async def _finish(self, group: Group) -> None:
         assert group.task is not None
@@ -175,6 +185,10 @@ class Stream:
                 if whole is not None:
                     place = whole[:, :, index * tokens : (index + 1) * tokens]
                     await self._read_chunk(index, group.band, place, urgency)
+                    return
+                given = self._find_place(group.band, index) if self._find_place is not None else None
+                if given is not None:
+                    await self._read_chunk(index, group.band, given, urgency)
                     return
                 values = self._allocate(group.band, 1)
                 if await self._read_chunk(index, group.band, self._view(values), urgency) and self._sink is not None:
