@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PretrainedConfig
 
+from kvstore_s3.device_save import LayersMemory
+
 
 def build_cache(config: PretrainedConfig, kv: torch.Tensor | None, devices: Sequence[torch.device]) -> DynamicCache:
     """Return a cache that holds `kv` [layers, 2, tokens, kv_heads, head_dim], or an empty one.
@@ -32,14 +34,25 @@ def common_gpu(devices: Sequence[torch.device]) -> torch.device | None:
     return devices[0] if devices[0].type == "cuda" and len(set(devices)) == 1 else None
 
 
+def view_cache(cache: DynamicCache, begin: int, end: int) -> LayersMemory:
+    """Tokens `begin` to `end` of `cache` where they are."""
+    return LayersMemory(
+        tuple((_part(layer.keys, begin, end), _part(layer.values, begin, end)) for layer in cache.layers)
+    )
+
+
+def _part(values: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    return values[0, :, begin:end].transpose(0, 1)
+
+
 def read_cache(cache: DynamicCache, begin: int, end: int) -> torch.Tensor:
     """Copy tokens `begin` to `end` out of `cache` as [layers, 2, tokens, kv_heads, head_dim] on the CPU."""
     first = cache.layers[0].keys
     shape = (len(cache.layers), 2, end - begin, first.shape[1], first.shape[3])
     kv = torch.empty(shape, dtype=first.dtype)
     for out, layer in zip(kv, cache.layers, strict=True):
-        out[0] = layer.keys[0, :, begin:end].transpose(0, 1)
-        out[1] = layer.values[0, :, begin:end].transpose(0, 1)
+        out[0] = _part(layer.keys, begin, end)
+        out[1] = _part(layer.values, begin, end)
     return kv
 
 

@@ -15,8 +15,9 @@ import torch
 from kvstore_s3.config import Settings, load_settings
 from kvstore_s3.connectors.pretrained import load_model
 from kvstore_s3.connectors.transformers.admission import check_model, check_weights
-from kvstore_s3.connectors.transformers.canonical import build_cache, common_gpu, read_cache
+from kvstore_s3.connectors.transformers.canonical import build_cache, common_gpu, read_cache, view_cache
 from kvstore_s3.connectors.transformers.prompt import as_prompt, check_arguments
+from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import InvalidArgumentError, KVStoreError
 from kvstore_s3.hub import find_model_directory
 from kvstore_s3.namespace import Namespace
@@ -217,8 +218,15 @@ class PrefixCache:
         """`quality` is that of what was loaded in front."""
         if end <= begin:
             return _NOTHING
-        kv = read_cache(cache, begin, end)
+        kv = self._read(cache, begin, end)
         return self.store.save(prompt[0, :end], kv, salt=salt, first_token=begin, prefix_quality=quality)
+
+    def _read(self, cache: DynamicCache, begin: int, end: int) -> torch.Tensor | DeviceKV:
+        """The tokens' KV: where it is, on the model's GPU if it has just one, or a copy on the host."""
+        encoder = self.store.kv.encoder_for(self._gpu)
+        if encoder is not None and (memory := view_cache(cache, begin, end)).alike:
+            return DeviceKV.of_layers(memory, encoder)
+        return read_cache(cache, begin, end)
 
     @torch.no_grad()
     def _step(self, ids: torch.Tensor, cache: DynamicCache) -> None:

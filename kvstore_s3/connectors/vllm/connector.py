@@ -151,7 +151,7 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         ended = self._as_worker().take_ended_loads(finished_req_ids, idle_s=self._orders().idle_s)
-        return KVConnectorTransferResults(finished_recving=ended)
+        return KVConnectorTransferResults(finished_sending=self._as_worker().take_unread(), finished_recving=ended)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._as_worker().take_failed_blocks()
@@ -182,18 +182,28 @@ class KVStoreS3Connector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, StepReport):
             self._as_scheduler().take_report(report)
+        self._as_scheduler().let_go(connector_output.finished_sending or ())
 
     def take_events(self) -> Iterable[KVCacheEvent]:
         """vLLM asks once for each step, when it has its results."""
         return self._as_scheduler().end_step()
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return False, self._as_scheduler().drop_request(request.request_id)
+        held = self._as_scheduler().hold_blocks(request.request_id)
+        return held, self._as_scheduler().drop_request(request.request_id)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids[0])
+
+    def has_pending_push_work(self) -> bool:
+        """Whether steps must go on though no request is left: saves read blocks that are to be given back."""
+        return self._as_scheduler().holds_blocks
+
+    def has_pending_block_frees(self) -> bool:
+        """Whether it is worth waiting for blocks rather than to preempt a request."""
+        return self._as_scheduler().holds_blocks
 
     def reset_cache(self) -> bool:
         """vLLM wants nothing stale to be read, after new weights for one. The store is shared, so it is left alone."""

@@ -8,13 +8,14 @@ call HND ends in HNC, NHD in NHC.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
+from kvstore_s3.device_pages import gather_blocks, scatter_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["LAYOUTS", "gather_blocks", "page_strides", "scatter_blocks", "view_layers"]
 
 LAYOUTS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 """Orders in memory that vLLM 0.32 knows. With B outermost, a block of all layers is one piece."""
@@ -37,39 +38,3 @@ def view_layers(
     strides = page_strides(layout, sizes)
     view = storage.as_strided([sizes[axis] for axis in "LBHNC"], [strides[axis] for axis in "LBHNC"])
     return view.unbind(0)
-
-
-def gather_blocks(cache: Tensor, block_ids: Sequence[int], *, out: Tensor) -> None:
-    """Copy the blocks of one layer into `out`, in the order of `block_ids`.
-
-    `cache` is [blocks, kv heads, block tokens, 2 * head dim] of any strides; `out` is canonical,
-    [2, len(block_ids) * block tokens, kv heads, head dim], contiguous, of the same dtype and device. Bits are kept.
-    """
-    pages = _split(cache).index_select(0, _index(cache, block_ids))
-    _rows(out, cache, len(block_ids)).copy_(pages)
-
-
-def scatter_blocks(cache: Tensor, block_ids: Sequence[int], *, kv: Tensor) -> None:
-    """Copy canonical `kv` into whole blocks of one layer; shapes as in `gather_blocks`. No other block is touched."""
-    _split(cache).index_copy_(0, _index(cache, block_ids), _rows(kv, cache, len(block_ids)))
-
-
-def _split(cache: Tensor) -> Tensor:
-    """The cache as [blocks, kv heads, block tokens, K or V, head dim]: a view."""
-    blocks, heads, block_tokens, width = cache.shape
-    return _as_bytes(cache).view(blocks, heads, block_tokens, 2, width // 2)
-
-
-def _rows(kv: Tensor, cache: Tensor, count: int) -> Tensor:
-    """Canonical KV as pages: a view of the same shape as `count` blocks of `_split`."""
-    _, heads, block_tokens, _ = cache.shape
-    return _as_bytes(kv).view(2, count, block_tokens, heads, -1).permute(1, 3, 2, 0, 4)
-
-
-def _as_bytes(values: Tensor) -> Tensor:
-    """fp8 as bytes: torch copies them by index on no device."""
-    return values.view(torch.uint8) if values.itemsize == 1 else values
-
-
-def _index(cache: Tensor, block_ids: Sequence[int]) -> Tensor:
-    return torch.tensor(block_ids, dtype=torch.int64, device=cache.device)

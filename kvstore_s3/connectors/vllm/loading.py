@@ -54,6 +54,10 @@ class LoadsUnderWay:
     def any(self) -> bool:
         return bool(self._loads)
 
+    def is_loading(self, request_id: str) -> bool:
+        """Whether a load of this request is under way."""
+        return request_id in self._loads
+
     @property
     def any_by_layer_new(self) -> bool:
         """Whether loads by layer were ordered for the step that is being scheduled."""

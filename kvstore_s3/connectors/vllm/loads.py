@@ -3,55 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from kvstore_s3.codec.device.streams import Mark
+from kvstore_s3.connectors.vllm.blocks import Blocks, PagesReady
 from kvstore_s3.connectors.vllm.following import Follower
+from kvstore_s3.connectors.vllm.gates import LayerGate
 from kvstore_s3.connectors.vllm.health import StoreHealth, late, log
 from kvstore_s3.connectors.vllm.messages import LoadOrder, LoadReport
-from kvstore_s3.connectors.vllm.paged import PagedCache
-from kvstore_s3.connectors.vllm.plans import floor_to
-from kvstore_s3.errors import KVStoreError
+from kvstore_s3.connectors.vllm.plans import TokenRange, floor_to
+from kvstore_s3.device_load import DevicePlace
+from kvstore_s3.errors import DeviceError, KVStoreError
 from kvstore_s3.hits import Hit
-from kvstore_s3.load import StoredChunk, in_thread
+from kvstore_s3.load import StoredChunk
 from kvstore_s3.quality import worst_quality
 from kvstore_s3.store import KVStore
-
-
-class LayerGate:
-    """How far a load has come, for the thread that computes layer after layer and needs their KV."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._layers = 0
-        self._ended = False
-
-    def advance(self, layers: int) -> None:
-        """Layers below `layers`, in the model's numbers, are there."""
-        with self._changed:
-            self._layers = layers
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """The load has ended, well or not: nobody need wait any more."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def wait(self, layer: int) -> None:
-        """Return once `layer` is there or the load has ended."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or layer < self._layers)
-
-    def wait_for_end(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended)
+from kvstore_s3.transfer.ranges import Band
 
 
 @dataclass(slots=True)
@@ -62,7 +37,7 @@ class LoadUnderWay:
     """
 
     order: LoadOrder
-    pages_ready: threading.Event
+    pages_ready: PagesReady
     gate: LayerGate
     good: int
     quality: str = "lossless"
@@ -83,17 +58,15 @@ class LoadUnderWay:
 class Loader:
     """Carries out load orders. All methods run on the event loop.
 
-    Blocks are written by `writer`, and a load ends only when its last write has: once `on_end` was called, the engine
-    may do with the blocks what it likes. A thread of `waiter` waits for the engine to have its pages ready.
+    A load ends only when the last write into its blocks has: once `on_end` was called, the engine may do with them what
+    it likes.
     """
 
     def __init__(
         self,
         kv: KVStore,
-        cache: PagedCache,
+        blocks: Blocks,
         health: StoreHealth,
-        writer: ThreadPoolExecutor,
-        waiter: ThreadPoolExecutor,
         follower: Follower,
         *,
         deadline_s: float,
@@ -101,10 +74,8 @@ class Loader:
         on_end: Callable[[LoadUnderWay], None],
     ) -> None:
         self._kv = kv
-        self._cache = cache
+        self._blocks = blocks
         self._health = health
-        self._writer = writer
-        self._waiter = waiter
         self._follower = follower
         self._deadline_s = deadline_s
         self._stall_s = stall_s
@@ -122,6 +93,9 @@ class Loader:
         except TimeoutError:
             load.reason = "late"
             self._health.report(late("load", self._deadline_s))
+        except DeviceError as error:  # the store is not to blame
+            load.reason = "device"
+            self._tell_once(logging.WARNING, f"KV is not loaded, for {error}; such prompts are computed")
         except KVStoreError as error:
             load.reason = "store-out"
             self._health.report(error)
@@ -146,7 +120,7 @@ class Loader:
                 wanted = min(first_token + hit.tokens, load.order.tokens.end)
                 await self._fill_hit(load, first_token, hit)
                 self._tell_quality(hit)
-                if load.good < floor_to(wanted, self._cache.block_tokens):
+                if load.good < floor_to(wanted, self._blocks.block_tokens):
                     lost = self._kv.is_lost(self._key_at(load.order, load.good))
                     load.reason = "damaged" if lost else "given-up"
                     return
@@ -176,7 +150,7 @@ class Loader:
 
     async def _fill_hit(self, load: LoadUnderWay, first_token: int, hit: Hit) -> None:
         """Write one hit; `load.good` grows only where all layers are there."""
-        order, block_tokens = load.order, self._cache.block_tokens
+        order, block_tokens = load.order, self._blocks.block_tokens
         begin, good, layers, quality = load.good, load.good, 0, "lossless"
         pace = None if order.follow else order.pace  # who follows has chosen to wait
         size = self._kv.namespace.chunk_tokens
@@ -185,7 +159,24 @@ class Loader:
         async def write(layer_begin: int, number: int, values: torch.Tensor) -> None:
             await self._write(load, layer_begin, first_token + number * size, values, begin)
 
-        groups = self._kv.stream(hit, pace=pace, by_layer=order.by_layer, sink=write if at_once else None)
+        shown: list[Future[None]] = []
+        alone = order.by_layer and all(len(chunk.tiles) == 1 for chunk in hit.chunks)
+
+        def find_place(band: Band, number: int) -> DevicePlace | None:
+            chunk = TokenRange(first_token + number * size, first_token + (number + 1) * size)
+            if not begin <= chunk.begin < chunk.end <= order.tokens.end:
+                return None  # others have a part of its blocks
+            show = partial(_show, load.gate, shown, band, len(hit.chunks)) if alone else None
+            return self._blocks.place(band, self._block_ids(load, chunk), load.pages_ready, show)
+
+        groups = self._kv.stream(
+            hit,
+            pace=pace,
+            by_layer=order.by_layer,
+            sink=write if at_once else None,
+            find_place=find_place if at_once and self._blocks.decoder else None,
+            device=self._blocks.decoder,
+        )
         async with asyncio.timeout(self._deadline_s), aclosing(groups):
             async for group in groups:
                 good = floor_to(min(first_token + group.tokens, order.tokens.end), block_tokens)
@@ -195,33 +186,52 @@ class Loader:
                     await self._write(load, group.layer_begin, first_token, group.kv, begin)
                 layers, quality = group.layer_end, worst_quality((quality, group.quality))
                 load.gate.advance(layers)
-        if layers == self._cache.layer_end:
+        if any(map(_has_failed, shown)):
+            return  # the step may have used what was not sound, even where it was read anew
+        if layers == self._blocks.layer_end:
             load.good, load.quality = good, worst_quality((load.quality, quality))
 
     async def _write(
         self, load: LoadUnderWay, layer_begin: int, first_token: int, kv: torch.Tensor, begin: int
     ) -> None:
         """Write the whole blocks of `kv`, which holds the tokens from `first_token` on, that lie behind `begin`."""
-        tokens, block_tokens = load.order.tokens, self._cache.block_tokens
         begin = max(begin, first_token)
-        end = floor_to(min(first_token + kv.shape[2], tokens.end), block_tokens)
+        end = floor_to(min(first_token + kv.shape[2], load.order.tokens.end), self._blocks.block_tokens)
         if begin >= end:
             return
-        if not load.pages_ready.is_set():
-            await in_thread(self._waiter, load.pages_ready.wait)
-        blocks = slice((begin - tokens.begin) // block_tokens, (end - tokens.begin) // block_tokens)
         values = kv[:, :, begin - first_token : end - first_token]
-        await in_thread(self._writer, self._cache.write, layer_begin, values, load.order.block_ids[blocks])
+        block_ids = self._block_ids(load, TokenRange(begin, end))
+        await self._blocks.write(layer_begin, values, block_ids, load.pages_ready)
+
+    def _block_ids(self, load: LoadUnderWay, tokens: TokenRange) -> tuple[int, ...]:
+        """The blocks of the order that hold `tokens`, whole blocks."""
+        first, size = load.order.tokens.begin, self._blocks.block_tokens
+        return load.order.block_ids[(tokens.begin - first) // size : (tokens.end - first) // size]
 
     def _key_at(self, order: LoadOrder, token: int) -> bytes:
         return order.keys[(token - order.first_token) // self._kv.namespace.chunk_tokens]
 
     def _tell_quality(self, hit: Hit) -> None:
         """Say once of each lossy quality that it is used."""
-        found = hit.describe_quality()
-        if hit.quality != "lossless" and found not in self._told:
-            self._told.add(found)
-            log.info("KV of quality %s is loaded from the store", found)
+        if hit.quality != "lossless":
+            self._tell_once(logging.INFO, f"KV of quality {hit.describe_quality()} is loaded from the store")
+
+    def _tell_once(self, level: int, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            log.log(level, "%s", line)
+
+
+def _show(
+    gate: LayerGate, shown: list[Future[None]], band: Band, shares: int, decoding: Future[None], marks: Sequence[Mark]
+) -> None:
+    """A chunk's share of a band is in the device's queue: the step may go on, and its own queue waits."""
+    shown.append(decoding)
+    gate.note_queued(band.layer_begin, band.layer_end, marks, shares=shares)
+
+
+def _has_failed(decoding: Future[None]) -> bool:
+    return decoding.done() and not decoding.cancelled() and decoding.exception() is not None
 
 
 def _is_cancelling() -> bool:

@@ -17,7 +17,7 @@ SLOW = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Bucket limits in seconds of what moves a prompt's KV."""
 
 OUTCOMES = ("hit", "partial", "miss", "skipped")
-ENDS = ("late", "damaged", "store-out", "given-up", "aborted", "stalled")
+ENDS = ("late", "damaged", "store-out", "device", "given-up", "aborted", "stalled")
 MISSES = (
     "absent",
     "local",

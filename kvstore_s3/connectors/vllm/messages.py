@@ -50,13 +50,17 @@ class SaveOrder:
 class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
     """Scheduler to worker. `idle_s`: this step computes nothing, and waits so long for a load to end; 0: not at all.
 
-    `epoch` counts how often the engine's caches were reset: loads of an older one must not count any more.
+    `epoch` counts how often the engine's caches were reset: loads of an older one must not count any more. `preempted`
+    requests have lost their blocks, from which saves may still be reading; `held` requests have ended, and their blocks
+    are held until the worker says that no save reads them any more.
     """
 
     loads: tuple[LoadOrder, ...]
     saves: tuple[SaveOrder, ...]
     idle_s: float
     epoch: int = 0
+    preempted: tuple[str, ...] = ()
+    held: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm._custom_ops import cpu_attn_reshape_and_cache
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, read_tokens, recognise, write_blocks
 from kvstore_s3.connectors.vllm.plans import TokenRange
@@ -51,17 +49,10 @@ class PagedCache:
         layout's dtype. Raises `UnsupportedModelError` for other layers, shapes and dtypes, and unknown packings.
         """
         shard = shard or layout.full_shard
-        numbered = sorted(
-            ((extract_layer_index(name), cache) for name, cache in _by_layer(caches)), key=lambda item: item[0]
-        )
-        if [number for number, _ in numbered] != list(range(shard.layer_begin, shard.layer_end)):
-            raise UnsupportedModelError(
-                f"vLLM keeps KV for the layers {sorted(caches)}; this rank should hold layers {shard.layer_begin} to "
-                f"{shard.layer_end - 1} of the model's {layout.layers} layers"
-            )
         dtype = getattr(torch, layout.dtype)
         layers = tuple(
-            _checked(cache, (shard.heads, block_tokens, 2 * layout.head_dim), dtype) for _, cache in numbered
+            _checked(name, cache, (shard.heads, block_tokens, 2 * layout.head_dim), dtype)
+            for name, cache in in_layer_order(caches, layout, shard)
         )
         return cls(layers, find_packing(layout, block_tokens, model_dtype or dtype), shard.layer_begin)
 
@@ -97,6 +88,9 @@ def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) 
 
     Raises `UnsupportedModelError` where no known packing fits.
     """
+    from vllm._custom_ops import cpu_attn_reshape_and_cache
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # of no use on a GPU
+
     dtype, cache_dtype = getattr(torch, layout.dtype), _CACHE_DTYPES.get(layout.dtype, "auto")
     isa = _get_attn_isa(model_dtype, block_tokens, layout.head_dim, cache_dtype)
     kept = _exact_values((2, block_tokens, 1, layout.head_dim)).to(dtype)
@@ -122,15 +116,21 @@ def _exact_values(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.ldexp(digits.float(), torch.randint(-4, 3, shape, generator=seeded))
 
 
-def _by_layer(caches: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    for name, cache in caches.items():
-        if not isinstance(cache, torch.Tensor) or cache.dim() != 4:
-            raise UnsupportedModelError(f"vLLM's KV cache of {name} is no tensor of 4 dimensions")
-    return list(caches.items())
+def in_layer_order(caches: Mapping[str, Any], layout: KVLayout, shard: Shard) -> list[tuple[str, Any]]:
+    """vLLM's caches and their names. Raises `UnsupportedModelError` where they are not those of the shard's layers."""
+    numbered = sorted(((extract_layer_index(name), name) for name in caches), key=lambda item: item[0])
+    if [number for number, _ in numbered] != list(range(shard.layer_begin, shard.layer_end)):
+        raise UnsupportedModelError(
+            f"vLLM keeps KV for the layers {sorted(caches)}; this rank should hold layers {shard.layer_begin} to "
+            f"{shard.layer_end - 1} of the model's {layout.layers} layers"
+        )
+    return [(name, caches[name]) for _, name in numbered]
 
 
-def _checked(cache: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+def _checked(name: str, cache: Any, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
     """Return the cache with its elements typed. vLLM keeps fp8 as plain bytes."""
+    if not isinstance(cache, torch.Tensor) or cache.dim() != 4:
+        raise UnsupportedModelError(f"vLLM's KV cache of {name} is no tensor of 4 dimensions")
     as_bytes = dtype.itemsize == 1 and cache.dtype == torch.uint8
     if tuple(cache.shape[1:]) != shape or not cache.is_contiguous() or not (as_bytes or cache.dtype == dtype):
         raise UnsupportedModelError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.platforms import current_platform
 
 from kvstore_s3.connectors.vllm.adapters import AdapterDigests
 from kvstore_s3.connectors.vllm.admission import Admission
@@ -72,6 +73,7 @@ def make_scheduler_side(
         saves=transfer.is_kv_producer,
         caches_prefixes=bool(config.cache_config.enable_prefix_caching),
         has_tiers=bool(settings.host_tier_bytes or settings.nvme_tier_dir),
+        reads_later=keeps_kv_on_device(),
     )
     path = speed_file(settings.cache_dir, kv.namespace.hex, _device(), torch.get_num_threads(), parallel.world_size)
     meter = _make_meter(options, path)
@@ -110,7 +112,7 @@ def make_worker_side(
 ) -> WorkerSide:
     health = StoreHealth(store.kv.objects, store.kv.settings)
     store.runtime.submit(_get_ready(store.kv))
-    if config.kv_transfer_config.is_kv_consumer:
+    if config.kv_transfer_config.is_kv_consumer and not keeps_kv_on_device():
         store.runtime.submit(store.kv.warm_up(min(config.model_config.max_model_len, _WARM_TOKENS)))
     return WorkerSide(
         store,
@@ -121,6 +123,11 @@ def make_worker_side(
         model_dtype=config.model_config.dtype,
         writes=writes(config, store.namespace.layout),
     )
+
+
+def keeps_kv_on_device() -> bool:
+    """Whether the engine's blocks are a GPU's."""
+    return not current_platform.is_cpu()
 
 
 def _make_meter(options: Options, path: Path) -> PrefillMeter:

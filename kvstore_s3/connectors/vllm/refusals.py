@@ -123,8 +123,8 @@ def _parallel_reasons(config: VllmConfig) -> Iterator[str]:
             f"speculative decoding by {speculative.method!r} may keep KV of its own "
             f"(only {' and '.join(_DRAFTS_WITHOUT_KV)} are supported)"
         )
-    if not current_platform.is_cpu():
-        yield f"pages of the {current_platform.device_name} backend are not unpacked yet (only the CPU's are)"
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        yield f"pages of the {current_platform.device_name} backend are not unpacked yet (those of CPU and CUDA are)"
 
 
 def _model_reasons(config: VllmConfig) -> Iterator[str]:
@@ -154,6 +154,8 @@ def _cache_reasons(config: VllmConfig, kv_cache: KVCacheConfig) -> Iterator[str]
         yield "attention is windowed, chunked or not causal (a sliding window, for one)"
     if spec.head_size_v != spec.head_size:
         yield f"keys have {spec.head_size} dims and values {spec.head_size_v}"
+    if spec.state_content_bytes is not None:
+        yield "the attention backend packs its pages in a way of its own (state_content_bytes is set)"
     yield from _dtype_reasons(config, spec)
 
 

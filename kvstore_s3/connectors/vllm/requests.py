@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What this engine does with the store, and what it is made of: `ranks` workers, blocks of `block_tokens`."""
+    """What this engine does with the store, and what it is made of: `ranks` workers, blocks of `block_tokens`.
+
+    `reads_later`: workers read what is to be saved after its step, and blocks are not given back before.
+    """
 
     block_tokens: int
     ranks: int
@@ -25,6 +28,7 @@ class Role:
     saves: bool
     caches_prefixes: bool
     has_tiers: bool
+    reads_later: bool = False
 
 
 @dataclass(slots=True)

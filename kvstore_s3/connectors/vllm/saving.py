@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,8 @@ class SaveUnderWay:
     order: SaveOrder
     ranks_left: int
     told: Told | None
+    reads: bool
+    """Whether its blocks may still be read, and are the request's."""
     end: str = "stored"
     new_tokens: int = 0
     new_bytes: int = 0
@@ -87,6 +89,15 @@ class SaveOrders:
         state.stored = tokens.end
         tokens = self._admit(state, tokens)
         return self._order(request_id, state, state.answer.keys, tokens, output) if tokens.begin < tokens.end else None
+
+    def reads(self, request_id: str) -> bool:
+        """Whether the blocks of a request that has ended are to be held for its saves."""
+        return any(save.reads and save.order.request_id == request_id for save in self._saves.values())
+
+    def let_go(self, request_ids: Container[str]) -> None:
+        """These requests have lost their blocks."""
+        for save in self._saves.values():
+            save.reads &= save.order.request_id not in request_ids
 
     def note(self, report: SaveReport) -> tuple[bytes, ...]:
         """One rank's save has ended. The keys of the chunks that are stored now, once all ranks have ended it."""
@@ -141,6 +152,6 @@ class SaveOrders:
             parent = keys[first - 1] if first else None
             token_ids = state.prompt.token_ids[tokens.begin : tokens.end]
             told = Told(parent, token_ids, state.prompt.salt, state.lora_name)
-        self._saves[order.save_id] = SaveUnderWay(order, self._role.ranks, told)
+        self._saves[order.save_id] = SaveUnderWay(order, self._role.ranks, told, self._role.reads_later)
         self._keys.update(order.keys)
         return order

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore_s3.connectors.vllm.admission import UNLIKELY, Admission
@@ -71,6 +71,8 @@ class SchedulerSide:
         self._outcomes = Outcomes(kv, tally, role, meter, self._loads)
         self._manager: KVCacheManager | None = None
         self._holds_old = False
+        self._held_new: list[str] = []
+        self._held: set[str] = set()
         self._epoch = 0
         self._epoch_key = b""
 
@@ -188,11 +190,14 @@ class SchedulerSide:
                 save = self._saves.order(request_id, state, span.end, output)
                 if save is not None:
                     saves.append(save)
+        preempted = tuple(output.preempted_req_ids or ()) if self._role.reads_later else ()
+        self._saves.let_go(preempted)
+        held, self._held_new = tuple(self._held_new), []
         idle_s = 0.0
         if not output.total_num_scheduled_tokens:
             asked = any(state.lookup is not None for state in self._requests.values())
-            idle_s = _LOADING_WAIT_S if self._loads.any else _LOOKUP_WAIT_S if asked else 0.0
-        orders = StepOrders(loads, tuple(saves), idle_s, self._epoch)
+            idle_s = _LOADING_WAIT_S if self._loads.any or self._held else _LOOKUP_WAIT_S if asked else 0.0
+        orders = StepOrders(loads, tuple(saves), idle_s, self._epoch, preempted, held)
         self._porter.send()  # last, as other threads go on from here
         return orders
 
@@ -222,6 +227,23 @@ class SchedulerSide:
             state.reason = "aborted"
         self._asking.stop(state)
         return self._outcomes.finish(state)
+
+    def hold_blocks(self, request_id: str) -> bool:
+        """Whether the blocks of a request that ends now are to be held, for saves still read them, until `let_go`."""
+        if not self._saves.reads(request_id) or self._loads.is_loading(request_id):
+            return False  # where it is being loaded again, it was preempted, and they are others' already
+        self._held_new.append(request_id)
+        self._held.add(request_id)
+        return True
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """All ranks have said that no save reads the blocks of these requests any more."""
+        self._held.difference_update(request_ids)
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether blocks of ended requests are held, and will be free soon."""
+        return bool(self._held)
 
     def start_epoch(self) -> None:
         """What the engine computes from now on is another model's: nothing older is loaded, nothing mixed is saved."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
+from kvstore_s3.codec.device.decoder import DeviceDecoder
+from kvstore_s3.codec.device.encoder import DeviceEncoder
+from kvstore_s3.connectors.vllm.blocks import Blocks, DeviceBlocks, HostBlocks, PagesReady
+from kvstore_s3.connectors.vllm.device_cache import DeviceCache, engine_device
 from kvstore_s3.connectors.vllm.following import Follower
-from kvstore_s3.connectors.vllm.health import StoreHealth, result_or_none
-from kvstore_s3.connectors.vllm.loads import LayerGate, Loader, LoadUnderWay
+from kvstore_s3.connectors.vllm.gates import LayerGate
+from kvstore_s3.connectors.vllm.health import StoreHealth, log, result_or_none
+from kvstore_s3.connectors.vllm.loads import Loader, LoadUnderWay
 from kvstore_s3.connectors.vllm.messages import (
     LinkReport,
     LoadOrder,
@@ -25,8 +30,10 @@ from kvstore_s3.connectors.vllm.messages import (
 from kvstore_s3.connectors.vllm.options import Options
 from kvstore_s3.connectors.vllm.paged import PagedCache
 from kvstore_s3.connectors.vllm.plans import failed_blocks
-from kvstore_s3.connectors.vllm.saves import SaveBudget, Saver
+from kvstore_s3.connectors.vllm.saves import ReadLater, SaveBudget, Saver
 from kvstore_s3.connectors.vllm.stats import Tally
+from kvstore_s3.device_save import DeviceKV
+from kvstore_s3.errors import DeviceError
 from kvstore_s3.runtime import SyncKVStore
 
 _WRITERS = 2
@@ -60,15 +67,19 @@ class WorkerSide:
         layout, shard = store.namespace.layout, store.kv.shard
         self._bytes_per_token = 2 * shard.layers * shard.heads * layout.head_dim * layout.itemsize
         self._budget = SaveBudget(options.save_memory_bytes)
-        self._saver = Saver(store.kv, health, tally, on_end=self._note_save)
+        self._saver = Saver(store.kv, health, tally, on_read=self._note_read, on_end=self._note_save)
         self._writer = ThreadPoolExecutor(_WRITERS, "kvstore-s3-pages")
         self._waiter = ThreadPoolExecutor(1, "kvstore-s3-steps")
+        self._cache: PagedCache | DeviceCache
+        self._encoder: DeviceEncoder | None = None
+        self._read_later = ReadLater()
         self._under_way: set[concurrent.futures.Future[None]] = set()
         self._loads: dict[str, LoadUnderWay] = {}
         self._broken: set[str] = set()
         self._epoch = 0
         self._step: StepOrders | None = None
-        self._pages_ready = threading.Event()
+        self._decoder: DeviceDecoder | None = None
+        self._pages_ready = PagesReady()
         self._gates: list[LayerGate] = []
         self._lock = threading.Lock()
         self._load_ended = threading.Event()
@@ -81,15 +92,10 @@ class WorkerSide:
     def adopt(self, caches: Mapping[str, torch.Tensor]) -> None:
         """Take over vLLM's KV caches. Raises `UnsupportedModelError` where their pages are not understood."""
         kv = self._store.kv
-        self._cache = PagedCache.adopt(
-            caches, kv.namespace.layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
-        )
         self._loader = Loader(
             kv,
-            self._cache,
+            self._adopt(caches),
             self._health,
-            self._writer,
-            self._waiter,
             Follower(kv),
             deadline_s=self._options.load_deadline_s,
             stall_s=self._options.follow_stall_s,
@@ -101,8 +107,10 @@ class WorkerSide:
         if orders is self._step:
             return
         self._step = orders
+        self._read_later.hold(orders.held)
+        self._take_back(orders.preempted)
         self._pages_ready.set()  # for whoever began in a step that never computed
-        self._pages_ready = threading.Event()
+        self._pages_ready = PagesReady(None if self._decoder is None else self._decoder.mark_current)
         if orders.epoch != self._epoch:
             self._epoch = orders.epoch
             self._drop_loads()
@@ -115,15 +123,23 @@ class WorkerSide:
         self._pages_ready.set()
 
     def wait_for_layer(self, layer_name: str) -> None:
-        """Wait until the loads that this step needs have written the layer, or ended."""
+        """Wait until the loads that this step needs have written the layer, or ended.
+
+        On a device: until they are in its queue, and let the engine's own wait for them there.
+        """
         self._pages_ready.set()
         if self._gates:
             layer = extract_layer_index(layer_name)
             for gate in self._gates:
-                gate.wait(layer)
+                for mark in gate.wait(layer):
+                    assert self._decoder is not None  # who else makes marks
+                    self._decoder.hold_current(mark)
 
     def start_saves(self, orders: StepOrders) -> None:
-        """Copy what is to be saved out of the blocks now, while they surely hold it; the rest happens later."""
+        """Copy what is to be saved out of the blocks now, while they surely hold it; the rest happens later.
+
+        On a device, reading happens later too: in its own queue, behind a mark in the engine's.
+        """
         for gate in self._gates:
             gate.wait_for_end()
         self._gates.clear()
@@ -136,7 +152,11 @@ class WorkerSide:
                 self._broken.add(order.request_id)
                 self._save_reports.append(SaveReport(order.save_id, "shed"))
                 continue
-            kv = self._cache.read(order.tokens, order.block_ids)
+            if (kv := self._read(order)) is None:
+                self._budget.give_back(size)
+                self._broken.add(order.request_id)
+                self._save_reports.append(SaveReport(order.save_id, "failed"))
+                continue
             self._track(self._store.runtime.submit(self._saver.save(order, kv)))
 
     def take_ended_loads(self, finished: set[str], *, idle_s: float) -> set[str]:
@@ -156,6 +176,10 @@ class WorkerSide:
         for load in loads:
             self._settle(load)
         return {load.order.request_id for load in loads if not load.order.by_layer}
+
+    def take_unread(self) -> set[str]:
+        """Requests that have ended, and whose blocks no save reads any more."""
+        return self._read_later.take_unread()
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks of ended loads that were not filled; the engine computes them."""
@@ -190,6 +214,40 @@ class WorkerSide:
         """Release the threads that write blocks. To be called when the store is closed."""
         self._waiter.shutdown()
         self._writer.shutdown()
+
+    def _adopt(self, caches: Mapping[str, torch.Tensor]) -> Blocks:
+        kv, layout = self._store.kv, self._store.namespace.layout
+        self._decoder = kv.decoder_for(engine_device(caches))
+        if self._decoder is not None:
+            self._encoder = kv.encoder_for(self._decoder)
+            self._cache = on_device = DeviceCache.adopt(caches, layout, self._block_tokens, shard=kv.shard)
+            return DeviceBlocks(on_device, self._decoder, self._waiter)
+        self._cache = on_host = PagedCache.adopt(
+            caches, layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
+        )
+        return HostBlocks(on_host, self._writer, self._waiter)
+
+    def _read(self, order: SaveOrder) -> torch.Tensor | DeviceKV | None:
+        """The KV to be saved: a copy, or what is to be read; None where the device fails."""
+        if isinstance(self._cache, PagedCache):
+            return self._cache.read(order.tokens, order.block_ids)
+        assert self._encoder is not None
+        try:
+            kv = self._cache.read_later(order.tokens, order.block_ids, self._encoder)
+        except DeviceError as error:
+            log.warning("KV is not saved: %s", error)
+            return None
+        self._read_later.begin(order, kv.source)
+        return kv
+
+    def _take_back(self, preempted: Sequence[str]) -> None:
+        """The blocks of these requests are others' from this step on: what is read of them comes before."""
+        if not preempted or self._encoder is None:
+            return
+        try:
+            self._encoder.hold_back(self._read_later.sources_of(preempted))
+        except DeviceError as error:  # the engine's own work will fail as well
+            log.warning("blocks of preempted requests could not be held back: %s", error)
 
     def _start_load(self, order: LoadOrder) -> None:
         gate = LayerGate()
@@ -229,6 +287,10 @@ class WorkerSide:
         with self._lock:
             self._ended_loads.append(load)
             self._load_ended.set()
+
+    def _note_read(self, order: SaveOrder) -> None:
+        self._read_later.end(order)
+        self._load_ended.set()
 
     def _note_save(self, report: SaveReport, size: int) -> None:
         with self._lock:

@@ -39,6 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
+from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.connectors.vllm.measures import parse_key
 from kvstore_s3.layout import dtype_name
 
@@ -77,6 +78,8 @@ class RigOptions:
     extra: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
     """Settings, as the environment gives them: without KVSTORE_S3_, in capitals."""
+    decoder: DeviceDecoder | None = None
+    """Takes the place of a GPU's, for pages of `shape.on_device`."""
 
 
 @dataclass
@@ -280,6 +283,7 @@ class Rig:
             assert not rank.connector._worker._loads, "a rank goes on loading"
         half = self.scheduler.connector._scheduler
         assert not half._loads.any, "the scheduler's half waits for loads that are over"
+        assert not half._held, "the scheduler's half holds blocks of requests that are gone"
         assert not half._requests, "the scheduler's half remembers requests that are gone"
 
     def until(self, request_id: str, status: RequestStatus) -> Callable[[], bool]:
@@ -486,6 +490,10 @@ class Rig:
         patch.setenv("KVSTORE_S3_CACHE_DIR", _DIRECTORY.name)
         for name, value in self.options.settings.items():
             patch.setenv(f"KVSTORE_S3_{name}", value)
+        if self.options.decoder is not None:
+            found = self.options.decoder
+            patch.setattr("kvstore_s3.connectors.vllm.worker_side.engine_device", lambda _: found)
+            patch.setattr("kvstore_s3.connectors.vllm.parts.keeps_kv_on_device", lambda: True)
         if not self.options.measured:
             patch.setattr("kvstore_s3.connectors.vllm.costs.PrefillMeter.end_step", lambda *_: None)
         if self._store.startswith("faulty://"):

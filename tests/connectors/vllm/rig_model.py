@@ -31,6 +31,8 @@ class Shape:
     head_dim: int = 32
     block_tokens: int = 32
     dtype: torch.dtype = torch.bfloat16
+    on_device: bool = False
+    """Whether pages are a GPU's: each token's K and V side by side."""
 
     @property
     def bits(self) -> type[np.signedinteger[Any]]:
@@ -95,7 +97,13 @@ class Formula:
 
 
 def find_places(shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
-    """For each value of a head's page: whether it is K or V, its token and its dim. vLLM's kernel tells."""
+    """For each value of a head's page: whether it is K or V, its token and its dim.
+
+    Of a CPU's pages, vLLM's kernel tells; what a GPU's are is vLLM's interface.
+    """
+    if shape.on_device:
+        token, kv, dim = np.indices((shape.block_tokens, 2, shape.head_dim)).reshape(3, -1)
+        return kv, token, dim
     current_platform.import_kernels()
     isa = _get_attn_isa(shape.dtype, shape.block_tokens, shape.head_dim)
     block, dims = shape.block_tokens, shape.head_dim

@@ -122,6 +122,7 @@ def test_engines_of_these_shapes_are_accepted(
         ((MLAAttentionSpec(**{**SHAPE, "num_kv_heads": 1}),), "MLAAttentionSpec"),
         ((FullAttentionSpec(**{**SHAPE, "dtype": torch.int8}),), "quantised with scales of its own"),
         ((FullAttentionSpec(**SHAPE, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD),), "quantised with scales of its"),
+        ((FullAttentionSpec(**SHAPE, state_content_bytes=256),), "packs its pages in a way of its own"),
     ],
 )
 def test_a_cache_that_is_not_supported_is_refused_by_name(config: Any, specs: tuple[Any, ...], named: str):

@@ -1,0 +1,171 @@
+"""The rig on an emulated GPU: its kernels decode into pages of its packing, and encode out of them."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs the engine environment: make test-engine")
+pytestmark = pytest.mark.engine
+
+import torch  # noqa: E402
+from connectors.vllm.rig import Rig, RigOptions, Shape, tokens  # noqa: E402
+from connectors.vllm.rig_store import Faults  # noqa: E402
+from connectors.vllm.rig_traffic import Habits, Traffic, check_store  # noqa: E402
+from cuda.emulated import build  # noqa: E402
+
+from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder  # noqa: E402
+from kvstore_s3.codec.device.library import Library, Pages  # noqa: E402
+from kvstore_s3.errors import DeviceError  # noqa: E402
+
+
+class WatchedLibrary(Library):
+    """Counts the streams that kernels were given; fails instead once it is told to. Encodes when it may."""
+
+    jobs = encoded = 0
+    broken = False
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, emulated=True)
+        self.may_encode = threading.Event()
+        self.may_encode.set()
+
+    def lossless_encode(self, jobs: int, count: int, pages: Pages, lengths: int, stream: int) -> None:
+        assert self.may_encode.wait(30)
+        if self.broken:
+            raise DeviceError("kvs_lossless_encode failed with CUDA error 700")
+        self.encoded += count
+        super().lossless_encode(jobs, count, pages, lengths, stream)
+
+    def lossless_decode(self, jobs: int, count: int, pages: Pages, faults: int, stream: int) -> None:
+        if self.broken:
+            raise DeviceError("kvs_lossless_decode failed with CUDA error 700")
+        self.jobs += count
+        super().lossless_decode(jobs, count, pages, faults, stream)
+
+
+@pytest.fixture(scope="module")
+def emulation(pytestconfig: pytest.Config) -> Path:
+    return build(Path(pytestconfig.cache.mkdir("kernels")))
+
+
+@pytest.fixture
+def library(emulation: Path) -> WatchedLibrary:
+    return WatchedLibrary(emulation)
+
+
+@pytest.fixture
+def decoder(library: WatchedLibrary) -> Iterator[DeviceDecoder]:
+    with DeviceDecoder(library, torch.device("cpu"), SMALLEST_BUDGET) as decoder:
+        yield decoder
+
+
+SHAPE = Shape(on_device=True)
+BY_LAYER = {"load_mode": "by-layer"}
+SHORT = Habits(requests=40)
+CASES = {
+    "the engine's own prefix cache in front": RigOptions(SHAPE, blocks=24),
+    "every prefix from the store": RigOptions(SHAPE, chunk_tokens=64, prefix_caching=False),
+    "preemptions": RigOptions(SHAPE, blocks=20, prefix_caching=False),
+    "chunks that end within a block": RigOptions(SHAPE, chunk_tokens=48, prefix_caching=False),
+    "blocks as long as chunks": RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False),
+    "chunks of three blocks": RigOptions(SHAPE, chunk_tokens=96, prefix_caching=False),
+    "float32": RigOptions(replace(SHAPE, dtype=torch.float32), chunk_tokens=32, prefix_caching=False),
+    "loads by layer": RigOptions(SHAPE, chunk_tokens=32, blocks=24, extra=BY_LAYER),
+    "loads by layer, each prefix": RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False, extra=BY_LAYER),
+    "two ranks": RigOptions(SHAPE, chunk_tokens=32, ranks=2, prefix_caching=False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_traffic_meets_only_right_kv_on_a_device(name: str, decoder: DeviceDecoder, library: WatchedLibrary):
+    options = replace(CASES[name], decoder=decoder)
+    store = "faulty://device-" + re.sub(r"[^a-z]", "", name)
+    with Rig(store, options) as rig:
+        traffic = Traffic(rig, SHORT, seed=len(name))
+        traffic.run()
+        rig.check_nothing_left()
+        assert sum(rig.external.values()) > 0, "nothing was loaded: this proves nothing"
+    assert bool(library.jobs) == bool(library.encoded) == (options.shape.dtype == torch.bfloat16)
+    assert check_store(store, rig.formula, traffic.prompts, chunk_tokens=options.chunk_tokens) > 0
+
+
+def test_loads_and_aborts_leave_blocks_of_others_alone_on_a_device(decoder: DeviceDecoder):
+    options = RigOptions(SHAPE, chunk_tokens=32, blocks=18, longest=512, prefix_caching=False, decoder=decoder)
+    faults = Faults(delay_s=(0.0, 0.02), seed=5)
+    with Rig("faulty://device-aborts", options, faults) as rig:
+        rig.ask(tokens(400))
+        rig.run()
+        for round_number in range(6):
+            name = rig.ask(tokens(400))
+            for _ in range(2 + round_number % 4):
+                rig.step()
+            rig.abort(name)
+            rig.ask(tokens(300, seed=round_number), answer=2)
+            rig.run()
+        rig.check_nothing_left()
+
+
+def test_a_device_that_fails_ends_in_computing(decoder: DeviceDecoder, library: WatchedLibrary):
+    options = RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False, decoder=decoder)
+    with Rig("faulty://device-broken", options) as rig:
+        rig.ask(tokens(200))
+        rig.run()
+        library.broken = True
+        name = rig.ask(tokens(200))
+        rig.run()
+        assert rig.loaded_tokens(name) == 0
+        library.broken = False
+        name = rig.ask(tokens(200))
+        rig.run()
+        assert rig.loaded_tokens(name) == 192
+        rig.check_nothing_left()
+        assert rig.counts["kvstore_loads_failed"] == 1
+
+
+def test_a_device_that_cannot_encode_leaves_that_to_the_cpu(decoder: DeviceDecoder, library: WatchedLibrary):
+    library.broken = True
+    options = RigOptions(SHAPE, chunk_tokens=32, decoder=decoder)
+    with Rig("faulty://device-encode-broken", options) as rig:
+        rig.ask(tokens(200))
+        rig.run()
+        rig.check_nothing_left()
+    found = check_store("faulty://device-encode-broken", rig.formula, [(tokens(200), None)], chunk_tokens=32)
+    assert found == 192
+    assert library.encoded == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_blocks_of_an_ended_request_are_held_until_they_were_read(
+    ranks: int, decoder: DeviceDecoder, library: WatchedLibrary
+):
+    library.may_encode.clear()
+    options = RigOptions(SHAPE, chunk_tokens=32, ranks=ranks, decoder=decoder)
+    with Rig(f"faulty://device-held-{ranks}", options) as rig:
+        name = rig.ask(tokens(200), answer=2)
+        rig.run(until=lambda: name in rig.finished)
+        for _ in range(4):
+            rig.step()
+        assert rig.scheduler.has_requests(), "nobody would ask again whether they were read"
+        assert rig.pool.get_num_free_blocks() == rig.free_blocks - 7
+        library.may_encode.set()
+        rig.run()
+        rig.check_nothing_left()
+
+
+def test_a_store_that_is_out_does_not_hold_blocks(decoder: DeviceDecoder):
+    faults = Faults(delay_s=(0.4, 0.4))
+    options = RigOptions(SHAPE, chunk_tokens=32, decoder=decoder)
+    with Rig("faulty://device-slow", options, faults) as rig:
+        name = rig.ask(tokens(200), answer=2)
+        rig.run(until=lambda: name in rig.finished)
+        begun = time.monotonic()
+        rig.run()
+        assert rig.pool.get_num_free_blocks() == rig.free_blocks
+        assert time.monotonic() - begun < 0.4
