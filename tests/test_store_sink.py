@@ -53,7 +53,7 @@ async def test_every_chunk_is_given_once_and_right(tmp_path: Path, by_layer: boo
             layers = slice(group.layer_begin, group.layer_end)
             assert torch.equal(pages.kv[layers], kv[layers]), "before the group is handed over"
             assert group.kv.shape == kv[layers].shape
-            assert group.kv.untyped_storage().nbytes() == kv[layers].nbytes / 5, "a long load takes no more memory"
+            assert group.kv.untyped_storage().nbytes() <= kv[layers].nbytes / 5, "a long load takes no more memory"
     assert torch.equal(pages.kv, kv)
     assert begins == (list(range(0, LAYERS, store.settings.layer_group)) if by_layer else [0])
     assert sorted(pages.calls) == [(begin, number) for begin in begins for number in range(5)]
