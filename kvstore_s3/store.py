@@ -260,6 +260,7 @@ class KVStore:
         chunks = [self._identity(key) for key in keys]
         if isinstance(kv, torch.Tensor) and kv.device.type == "cuda":
             encoder = self._loader.devices.encoder_for(kv.device)
+            kv = kv.detach()
             kv = kv if encoder is None else DeviceKV.of(kv if kv.stride(4) == 1 else kv.contiguous(), encoder)
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 

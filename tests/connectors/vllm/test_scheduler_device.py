@@ -169,3 +169,18 @@ def test_a_store_that_is_out_does_not_hold_blocks(decoder: DeviceDecoder):
         rig.run()
         assert rig.pool.get_num_free_blocks() == rig.free_blocks
         assert time.monotonic() - begun < 0.4
+
+
+def test_a_reset_is_refused_as_long_as_blocks_are_held(decoder: DeviceDecoder, library: WatchedLibrary):
+    library.may_encode.clear()
+    with Rig("faulty://device-reset", RigOptions(SHAPE, chunk_tokens=32, decoder=decoder)) as rig:
+        name = rig.ask(tokens(200), answer=2)
+        rig.run(until=lambda: name in rig.finished)
+        rig.step()
+        assert not rig.change_weights()
+        library.may_encode.set()
+        rig.run()
+        assert rig.change_weights()
+        name = rig.ask(tokens(200), answer=2)
+        rig.run()
+        rig.check_nothing_left()
