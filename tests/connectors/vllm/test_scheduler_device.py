@@ -26,27 +26,24 @@ from kvstore_s3.errors import DeviceError  # noqa: E402
 
 
 class WatchedLibrary(Library):
-    """Counts the streams that kernels were given; fails instead once it is told to. Encodes when it may.
-
-    `pause_s` passes before each batch is read from the blocks.
-    """
+    """Counts the streams that kernels were given; fails instead once it is told to. Reads and encodes when it may."""
 
     jobs = encoded = 0
     broken = False
-    pause_s = 0.0
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, emulated=True)
-        self.may_encode = threading.Event()
+        self.may_read, self.may_encode = threading.Event(), threading.Event()
+        self.may_read.set()
         self.may_encode.set()
 
     def lossless_encode_scratch(self, components: int, tokens: int) -> int:
-        if self.pause_s and threading.current_thread().name.startswith("kvstore-s3-device-encode"):
-            time.sleep(self.pause_s)
+        if threading.current_thread().name.startswith("kvstore-s3-device-encode"):  # nothing is being read yet
+            assert self.may_read.wait(60)
         return super().lossless_encode_scratch(components, tokens)
 
     def lossless_encode(self, jobs: int, count: int, pages: Pages, lengths: int, stream: int) -> None:
-        assert self.may_encode.wait(30)
+        assert self.may_encode.wait(60)
         if self.broken:
             raise DeviceError("kvs_lossless_encode failed with CUDA error 700")
         self.encoded += count
@@ -181,15 +178,17 @@ def test_a_store_that_is_out_does_not_hold_blocks(decoder: DeviceDecoder):
 
 
 def test_what_a_save_has_not_read_of_a_preempted_request_is_not_saved(decoder: DeviceDecoder, library: WatchedLibrary):
-    library.pause_s = 0.02
+    library.may_read.clear()
     options = RigOptions(SHAPE, chunk_tokens=32, blocks=20, prefix_caching=False, decoder=decoder)
+    prompts = [tokens(200, seed=seed) for seed in range(2)]
     with Rig("faulty://device-preempted", options) as rig:
-        traffic = Traffic(rig, Habits(requests=30, longest=200, answer=60, aborts=0), seed=1)
-        traffic.run()
+        requests = [rig.asked[rig.ask(prompt, answer=200)].request for prompt in prompts]
+        rig.run(until=lambda: any(request.num_preemptions for request in requests))
+        library.may_read.set()
+        rig.run()
         rig.check_nothing_left()
-        assert sum(asked.request.num_preemptions for asked in rig.finished.values()) > 0
-        assert rig.counts.get("kvstore_saves_shed", 0) > 0
-    assert check_store("faulty://device-preempted", rig.formula, traffic.prompts, chunk_tokens=32) > 0
+        assert rig.counts["kvstore_saves_shed"] > 0
+    assert check_store("faulty://device-preempted", rig.formula, [(p, None) for p in prompts], chunk_tokens=32) > 0
 
 
 def test_a_reset_is_refused_as_long_as_blocks_are_held(decoder: DeviceDecoder, library: WatchedLibrary):
