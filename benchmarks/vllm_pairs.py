@@ -1,9 +1,9 @@
-"""Two engines beside each other, asked in turn: what saving costs a cold prompt, and when loading by layer wins."""
+"""Engines beside each other, asked in turn: what saving costs a cold prompt, and when loading by layer wins."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,13 +19,17 @@ TAILS = (8, 264, 776)
 
 
 def measure_saving(store: Store, model: Path, rounds: int, prefix: str) -> dict[str, Any]:
-    """Cold prompts one after the other, with and without saves; the other engine's turn comes when all is stored.
+    """Cold prompts one after the other, with and without saves; the next engine's turn comes when all is stored.
+
+    Engines that are alike differ by some percent, each for as long as it lives. So there are two without a connector:
+    ratios are to the mean of both, and `alone_ratio` is that of the two to each other.
 
     `first_token`: of each prompt. `in_a_row`: of the whole sequence, in which the saves of one prompt run beside the
     prefill of the next. Nothing must be under `prefix` yet.
     """
-    times: dict[str, list[list[float]]] = {"saving": [], "alone": []}
-    with _pair(store, model, {"saving": store.ours(prefix), "alone": None}) as engines:
+    kinds = {"alone": None, "saving": store.ours(prefix), "alone too": None}
+    times: dict[str, list[list[float]]] = {name: [] for name in kinds}
+    with _side_by_side(store, model, kinds) as engines:
         for number in range(rounds):
             names = list(engines) if number % 2 else list(reversed(engines))
             for name in names:
@@ -43,8 +47,9 @@ def measure_saving(store: Store, model: Path, rounds: int, prefix: str) -> dict[
         "chunks_stored": stored,
         "first_token": {name: summarise(values) for name, values in firsts.items()},
         "in_a_row": {name: summarise(values) for name, values in rows.items()},
-        "first_token_ratio": _paired(firsts["saving"], firsts["alone"]),
-        "in_a_row_ratio": _paired(rows["saving"], rows["alone"]),
+        "first_token_ratio": _paired(firsts["saving"], _means(firsts["alone"], firsts["alone too"])),
+        "in_a_row_ratio": _paired(rows["saving"], _means(rows["alone"], rows["alone too"])),
+        "alone_ratio": _paired(rows["alone too"], rows["alone"]),
     }
     print(f"saving: {found['in_a_row_ratio']['median']:.3f} of a cold sequence, {stored} of {chunks} chunks stored")
     return found
@@ -59,7 +64,7 @@ def measure_layers(store: Store, model: Path, repeats: int) -> dict[str, Any]:
         fill(store, model)
     modes = {mode: store.ours("hits", role="kv_consumer", load_mode=mode) for mode in ("async", "by-layer")}
     times: dict[int, dict[str, list[float]]] = {tail: {mode: [] for mode in modes} for tail in TAILS}
-    with _pair(store, model, modes) as engines:
+    with _side_by_side(store, model, modes) as engines:
         for number in range(repeats):
             for tail in TAILS:
                 kept = PROMPT[: PROMPT_TOKENS - tail]
@@ -81,22 +86,28 @@ def _compare(tail: int, times: Mapping[str, list[float]]) -> dict[str, Any]:
     return found
 
 
+def _means(one: list[float], other: list[float]) -> list[float]:
+    return [(left + right) / 2 for left, right in zip(one, other, strict=True)]
+
+
 def _paired(ours: list[float], others: list[float]) -> dict[str, float]:
     ratios = [mine / other for mine, other in zip(ours, others, strict=True)]
     return {"median": round(median(ratios), 3), "least": round(min(ratios), 3), "most": round(max(ratios), 3)}
 
 
 @contextmanager
-def _pair(store: Store, model: Path, connectors: Mapping[str, Mapping[str, Any] | None]) -> Iterator[dict[str, Engine]]:
-    """Two warm engines without a prefix cache of their own; who is not asked waits without computing."""
-    (first, one), (second, other) = connectors.items()
-    environment = store.environment()
-
-    def start(name: str, connector: Mapping[str, Any] | None) -> Any:
-        log = store.folder / f"pair-{name}.log"
-        return running_engine(model, connector=connector, environment=environment, log=log, enable_prefix_caching=False)
-
-    with start(first, one) as left, start(second, other) as right:
-        left.ask(WARM_UP)
-        right.ask(WARM_UP)
-        yield {first: left, second: right}
+def _side_by_side(
+    store: Store, model: Path, connectors: Mapping[str, Mapping[str, Any] | None]
+) -> Iterator[dict[str, Engine]]:
+    """Warm engines without a prefix cache of their own; who is not asked waits without computing."""
+    environment, engines = store.environment(), dict[str, Engine]()
+    with ExitStack() as stack:
+        for name, connector in connectors.items():
+            log = store.folder / f"beside-{name.replace(' ', '-')}.log"
+            engine = running_engine(
+                model, connector=connector, environment=environment, log=log, enable_prefix_caching=False
+            )
+            engines[name] = stack.enter_context(engine)
+        for engine in engines.values():
+            engine.ask(WARM_UP)
+        yield engines
