@@ -95,8 +95,8 @@ struct KvsScalableTotals {
   std::uint32_t planes;        // of the job with the most: heads x layers x 2
   std::uint32_t components;    // the most, of jobs of spans channel and head
   std::uint32_t dim;           // the largest
-  std::uint32_t narrow, wide;  // jobs of spans channel and head; of group and all with float16 matrices
-  std::uint32_t wide_float;    // and with matrices of floats
+  std::uint32_t narrow, wide;  // jobs of spans channel and head; of group and all, on tensor cores
+  std::uint32_t wide_float;    // and without: matrices of floats, or of rows that are no multiple of 16 bytes
   std::uint32_t first_class;   // first[0] of the table set
   std::uint32_t classes_end;   // one more than the largest class of all jobs
   std::uint64_t tables;        // of all jobs: sections of other tables need a call of their own

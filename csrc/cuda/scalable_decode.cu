@@ -1,16 +1,8 @@
-// Decoding codec 3: numbers of all streams, then values by span.
-//
-// What the arithmetic predicts for an H100 (132 SMs x 128 lanes x 1.755 GHz = 29.6 T instructions/s, 70 % of
-// them issued), in bf16 out with enough chunks to fill it; not measured. Uncalibrated or span channel: a
-// component costs 40 instructions where level 0 codes it, 46 at each other level, and 35 to become a value
-// (scalable_levels.h, scalable_rows.h). Coded everywhere at three levels that is 167: 250 GB/s; as
-// calibrations have it (60, 85 and 97 % coded) 143: 290 GB/s with three levels, 420 with two, 700 with base
-// alone. Device memory: 15 bytes a value of three levels, 1.9 TB/s of the 3.35 there are. Spans group and all
-// add the product: 35 TFLOP of float16 for 128K tokens of an 8B model at four layers a group; at 450 TFLOP/s
-// 78 ms, as much as 220 GB/s, less for each component that is not coded.
+// Decoding codec 3: numbers of all streams, then values by span. What the arithmetic predicts: docs/gpu.md.
 
 #include "api.h"
 #include "launch.h"
+#include "scalable_levels.h"
 #include "scalable_rows.h"
 #include "scalable_wide.h"
 
@@ -61,9 +53,22 @@ int finish_narrow(const Call& call) {
   return launch(kernel, blocks, Kernel::kThreads, bytes, call.stream);
 }
 
-template <DeviceDtype dtype, typename Product>
+template <DeviceDtype dtype>
+int finish_tiles(const Call& call) {
+  using Kernel = MultiplyTiles<dtype>;
+  const KvsScalableTotals& totals = call.totals;
+  const auto tiles = static_cast<std::uint32_t>(parts(totals.tokens, TileProduct::kTokens));
+  const std::uint32_t columns = Kernel::count_columns(totals.planes, totals.dim);
+  const Kernel kernel{call.jobs,  totals.jobs,  tiles,      columns,
+                      call.pages, call.numbers, call.order, call.faults};
+  const std::uint64_t pieces = std::uint64_t{totals.jobs} * tiles * columns;
+  const std::uint32_t blocks = call.blocks(pieces, Kernel::kResident);
+  return launch(kernel, blocks, Kernel::kThreads, Kernel::kSharedBytes, call.stream);
+}
+
+template <DeviceDtype dtype>
 int finish_wide(const Call& call) {
-  using Kernel = MultiplyWide<dtype, Product>;
+  using Kernel = MultiplyWide<dtype>;
   const KvsScalableTotals& totals = call.totals;
   const auto tiles = static_cast<std::uint32_t>(parts(totals.tokens, kTileTokens));
   const Kernel kernel{call.jobs,  totals.jobs,  tiles,      totals.planes,
@@ -80,9 +85,9 @@ int decode(const Call& call) {
     if (const int error = finish_narrow<dtype>(call)) return error;
   }
   if (call.totals.wide != 0) {
-    if (const int error = finish_wide<dtype, TensorProduct>(call)) return error;
+    if (const int error = finish_tiles<dtype>(call)) return error;
   }
-  return call.totals.wide_float != 0 ? finish_wide<dtype, FloatProduct>(call) : 0;
+  return call.totals.wide_float != 0 ? finish_wide<dtype>(call) : 0;
 }
 
 }  // namespace

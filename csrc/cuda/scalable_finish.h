@@ -3,9 +3,8 @@
 // values are rounded and scattered, exact tokens written over them.
 #pragma once
 
-#include "api.h"
 #include "pages.h"
-#include "scalable_levels.h"
+#include "scalable_order.h"
 #include "scalable_values.h"
 
 namespace kvs {
@@ -19,6 +18,12 @@ struct Tile {
 KVS_DEVICE bool is_wanted(const KvsScalableJob& job, std::uint32_t plane) {
   const std::uint32_t head = plane / (2u * job.layers);
   return job.want_begin <= head && head < job.want_end;
+}
+
+// Whether any plane of a tile is.
+KVS_DEVICE bool is_wanted(const KvsScalableJob& job, const Tile& tile) {
+  const std::uint32_t each = 2u * job.layers;
+  return job.want_begin <= (tile.last - 1) / each && tile.first / each < job.want_end;
 }
 
 // A plane of a stream in the pages, and how its rows of x become values: what all its tokens share.
@@ -48,33 +53,89 @@ class PlaneWriter {
     return values_ + find_token_run(pages_, at, at + 1).offset;
   }
 
-  // Writes a token's values, two numbers of `x` by each lane of a warp, with one store where they may.
-  KVS_DEVICE void write_row(std::uint32_t token, const float* x) const {
-    struct alignas(2 * sizeof(Bits)) Two {
-      Bits first, second;
-    };
-    Bits* to = find_row(token);
-    const bool together = reinterpret_cast<std::uint64_t>(to) % sizeof(Two) == 0;
-    const std::uint64_t angles = std::uint64_t{token} * pairs_;
-    const float* cosines = cosines_ + angles;
-    const float* sines = sines_ + angles;
-    for (std::uint32_t d = 2 * simt::lane(); d < dim_; d += 2 * simt::kWarp) {
-      const Bits first = narrow_value<dtype>(turn(x, d, cosines, sines));
-      if (d + 1 == dim_) {
-        to[d] = first;
-        break;
-      }
-      const Two both{first, narrow_value<dtype>(turn(x, d + 1, cosines, sines))};
-      if (together) {
-        *reinterpret_cast<Two*>(to + d) = both;
-      } else {
-        to[d] = both.first;
-        to[d + 1] = both.second;
+  // Writes `rows` tokens from `token` on; x has them `stride` floats apart.
+  KVS_DEVICE void write_rows(std::uint32_t token, std::uint32_t rows, const float* x,
+                             std::uint32_t stride) const {
+    const bool together = takes_fours(stride);
+    std::uint64_t angles = std::uint64_t{token} * pairs_;
+    TokenWalk walk(pages_, token_begin_ + token, token_begin_ + token + rows);
+    while (!walk.ended()) {
+      const TokenRun run = walk.next();
+      Bits* to = values_ + run.offset;
+      for (std::uint32_t i = 0; i < run.tokens;
+           ++i, to += pages_.token_stride, x += stride, angles += pairs_) {
+        if (together) {
+          write_fours(to, x, cosines_ + angles, sines_ + angles);
+        } else {
+          write_ones(to, x, cosines_ + angles, sines_ + angles);
+        }
       }
     }
   }
 
  private:
+  struct alignas(4 * sizeof(Bits)) FourBits {
+    Bits of[4];
+  };
+  struct alignas(16) FourFloats {
+    float of[4];
+  };
+  struct alignas(8) TwoFloats {
+    float of[2];
+  };
+
+  // Whether rows can be read and written by four numbers: all lie at multiples of four, pairs too.
+  KVS_DEVICE bool takes_fours(std::uint32_t stride) const {
+    const std::uint64_t distances = static_cast<std::uint64_t>(pages_.token_stride | pages_.block_stride) |
+                                    stride | dim_ | turned_ | (halves_ ? turned_ / 2 : 0);
+    const std::uint64_t angles = reinterpret_cast<std::uint64_t>(cosines_) |
+                                 reinterpret_cast<std::uint64_t>(sines_) | (halves_ ? 4ull : 2ull) * pairs_;
+    return distances % 4 == 0 && reinterpret_cast<std::uint64_t>(values_) % sizeof(FourBits) == 0 &&
+           (turned_ == 0 || angles % (halves_ ? 16 : 8) == 0);
+  }
+
+  KVS_DEVICE void write_fours(Bits* to, const float* x, const float* cosines, const float* sines) const {
+    for (std::uint32_t d = 4 * simt::lane(); d < dim_; d += 4 * simt::kWarp) {
+      FourFloats own = *reinterpret_cast<const FourFloats*>(x + d);
+      if (d < turned_) turn_four(own, x, d, cosines, sines);
+      FourBits bits;
+      narrow_four<dtype>(own.of, bits.of);
+      *reinterpret_cast<FourBits*>(to + d) = bits;
+    }
+  }
+
+  // Numbers d to d + 3, as `turn` does it.
+  KVS_DEVICE void turn_four(FourFloats& own, const float* x, std::uint32_t d, const float* cosines,
+                            const float* sines) const {
+    if (halves_) {
+      const std::uint32_t apart = turned_ / 2;
+      const bool second = d >= apart;
+      const std::uint32_t pair = second ? d - apart : d;
+      const auto& other = *reinterpret_cast<const FourFloats*>(x + (second ? pair : d + apart));
+      const auto& cosine = *reinterpret_cast<const FourFloats*>(cosines + pair);
+      const auto& sine = *reinterpret_cast<const FourFloats*>(sines + pair);
+      KVS_UNROLL
+      for (std::uint32_t i = 0; i < 4; ++i) {
+        const float across = other.of[i] * sine.of[i];
+        own.of[i] = own.of[i] * cosine.of[i] + (second ? across : -across);
+      }
+    } else {
+      const auto& cosine = *reinterpret_cast<const TwoFloats*>(cosines + d / 2);
+      const auto& sine = *reinterpret_cast<const TwoFloats*>(sines + d / 2);
+      KVS_UNROLL
+      for (std::uint32_t i = 0; i < 2; ++i) {
+        const float first = own.of[2 * i], second = own.of[2 * i + 1];
+        own.of[2 * i] = first * cosine.of[i] - second * sine.of[i];
+        own.of[2 * i + 1] = second * cosine.of[i] + first * sine.of[i];
+      }
+    }
+  }
+
+  KVS_DEVICE void write_ones(Bits* to, const float* x, const float* cosines, const float* sines) const {
+    for (std::uint32_t d = simt::lane(); d < dim_; d += simt::kWarp)
+      to[d] = narrow_value<dtype>(turn(x, d, cosines, sines));
+  }
+
   // Number `d` of x, K with its rotation.
   KVS_DEVICE float turn(const float* x, std::uint32_t d, const float* cosines, const float* sines) const {
     if (d >= turned_) return x[d];
@@ -109,7 +170,7 @@ KVS_DEVICE void write_tile(const KvsScalableJob& job, const KvsPages& pages, con
     at += last - row;
     if (!is_wanted(job, tile.first + plane)) continue;
     const PlaneWriter<dtype> writer(job, pages, tile.first + plane);
-    for (; row < last; ++row) writer.write_row(tile.begin + row, x + row * stride + plane * job.dim);
+    writer.write_rows(tile.begin + row, last - row, x + row * stride + plane * job.dim, stride);
   }
 }
 
@@ -168,11 +229,5 @@ struct Component {
 
   KVS_DEVICE float value(std::int32_t q) const { return reconstruct(q, shift, scale); }
 };
-
-// Where the numbers of component `c` of the coding order begin; tokens are kLanes apart.
-KVS_DEVICE const std::int16_t* find_numbers(const KvsScalableJob& job, const std::int16_t* numbers,
-                                            std::uint32_t c) {
-  return numbers + job.numbers + static_cast<std::uint64_t>(c / kLanes) * kLanes * job.tokens + c % kLanes;
-}
 
 }  // namespace kvs

@@ -5,8 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "../scalable_steps.h"
-#include "api.h"
+#include "scalable_places.h"
 
 namespace {
 
@@ -286,14 +285,14 @@ void place_job(KvsScalableJob& job, KvsScalableTotals& totals) {
   job.order = totals.order;
   const bool raw = job.exact_count == kRaw;
   const std::uint64_t blocks = raw ? 0 : (job.coded[job.levels - 1] + kLanes - 1) / kLanes;
-  totals.numbers += blocks * job.tokens * kLanes;
+  totals.numbers += blocks * padded_tokens(job.tokens) * kLanes;
   totals.order += raw ? 0 : (job.coded[job.object_levels - 1] + 3ull) / 4 * 4;
   ++totals.jobs;
   grow(totals.tokens, job.tokens);
   grow(totals.planes, 2u * job.layers * job.heads);
   grow(totals.dim, job.dim);
   if (job.span <= kSpanHead) grow(totals.components, job.components);
-  ++(job.span <= kSpanHead ? totals.narrow : job.matrix_bytes == 4 ? totals.wide_float : totals.wide);
+  ++(job.span <= kSpanHead ? totals.narrow : takes_tiles(job) ? totals.wide : totals.wide_float);
 }
 
 // All wanted streams of a section: jobs from `jobs` on.

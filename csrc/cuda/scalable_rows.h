@@ -1,9 +1,9 @@
 // Codec 3 on a GPU, second kernel, for spans channel and head: a tile is a few tokens of one stream with all
 // of their numbers, because the coding order mixes layers: rows of scratch are read once, and whole.
 //
-// Channel: x = mean + scale * y, the CPU's bits. About 35 instructions a value, 20 of them where rows are
-// turned and written; 2 bytes read and 2 written for each. Head: dim multiplications more for a value, float;
-// the matrix (float16: 32 KB of a plane of dim 128) comes from L2 for each tile, four tokens to a load.
+// Channel: x = mean + scale * y, the CPU's bits; 2 bytes read and 2 written for each value. Head: dim
+// multiplications more for a value, float; the matrix (float16: 32 KB of a plane of dim 128) comes from L2
+// for each tile, four tokens to a load.
 //
 // Shared memory: [tokens of a tile][components] floats and, for span head, [tokens][dim] more: 64 + 16 KB at
 // most.
@@ -98,18 +98,36 @@ struct FinishRows {
   KVS_DEVICE void reconstruct_numbers(const KvsScalableJob& job, const Tile& tile) const {
     for (std::uint32_t c = simt::thread(); c < job.coded[job.levels - 1]; c += simt::threads()) {
       const Component component(job, order, c);
-      const std::int16_t* from = find_numbers(job, numbers, c) + std::uint64_t{tile.begin} * kLanes;
       float* to = shared_x() + component.number;
       if (job.span == 0) {
         const Affine affine(job, component.number);
-        for (std::uint32_t row = 0; row < tile.end - tile.begin; ++row) {
-          to[row * components] = affine(component.value(from[row * kLanes]));
-        }
+        put_numbers(job, tile, c, to, [&](std::int32_t q) { return affine(component.value(q)); });
       } else {
         const float factor = reinterpret_cast<const float*>(job.scale)[component.number];
-        for (std::uint32_t row = 0; row < tile.end - tile.begin; ++row) {
-          to[row * components] = component.value(from[row * kLanes]) * factor;
-        }
+        put_numbers(job, tile, c, to, [&](std::int32_t q) { return component.value(q) * factor; });
+      }
+    }
+  }
+
+  // What `value_of` makes of the tile's numbers of component `c`, token by token.
+  template <typename ValueOf>
+  KVS_DEVICE void put_numbers(const KvsScalableJob& job, const Tile& tile, std::uint32_t c, float* to,
+                              const ValueOf& value_of) const {
+    std::uint32_t token = tile.begin;
+    while (token < tile.end) {
+      const auto* from =
+          reinterpret_cast<const Octet*>(numbers + job.numbers + place_of_octet(c, token, job.tokens));
+      const Octet octet = *from;
+      if (token % kOctet == 0 && tile.end - token >= kOctet) {
+        KVS_UNROLL
+        for (std::uint32_t i = 0; i < kOctet; ++i)
+          to[i * components] = value_of(number_in(octet.pairs[i / 2], i % 2));
+        token += kOctet;
+        to += kOctet * components;
+      } else {
+        *to = value_of(reinterpret_cast<const std::int16_t*>(from)[token % kOctet]);
+        ++token;
+        to += components;
       }
     }
   }

@@ -1,4 +1,5 @@
-// The tensor core's product of small matrices, and its emulation: a warp holds a [16][16] and b [16][8] in
+// What a product on tensor cores is made of, and its emulation: copies into shared memory that arrive later,
+// loads of small matrices from there, and the product itself. A warp holds a [16][16] and b [16][8] in
 // float16 and adds their product to sums [16][8] of floats. Which lane holds what is that of PTX's
 // mma.m16n8k16: lane 4 g + p has, as pairs of neighbours,
 //   a: rows g, g + 8, g, g + 8 at columns 2 p, 2 p, 2 p + 8, 2 p + 8;
@@ -7,60 +8,149 @@
 #pragma once
 
 #include "scalable_values.h"
+#include "shared_memory.h"
 #include "simt.h"
+
+#ifndef __CUDACC__
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#endif
 
 namespace kvs {
 
-// The bits of the nearest float16.
-KVS_HOST_DEVICE std::uint32_t round_to_float16(float from) {
+// The bits of the nearest float16 of each, `first` in the lower half.
+KVS_HOST_DEVICE std::uint32_t round_to_float16s(float first, float second) {
 #ifdef __CUDA_ARCH__
-  std::uint16_t found;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(found) : "f"(from));
+  std::uint32_t found;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
   return found;
 #else
-  return narrow_to_float16(from);
+  return narrow_to_float16(first) | static_cast<std::uint32_t>(narrow_to_float16(second)) << 16;
 #endif
 }
 
 #ifdef __CUDACC__
 
-KVS_DEVICE void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4],
-                                   const std::uint32_t (&b)[2]) {
+KVS_DEVICE void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b_first,
+                                   std::uint32_t b_second) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_first), "r"(b_second));
+}
+
+// Four matrices [8][8] of 16 bits: lane i says where row i % 8 of matrix i / 8 lies, 16 bytes in shared
+// memory; lane 4 g + p gets of each matrix column g of rows 2 p and 2 p + 1.
+KVS_DEVICE void load_turned(std::uint32_t (&to)[4], std::uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
+// Begins to copy 16 bytes into shared memory, or zeros where `there` is not so; both sides are at multiples
+// of 16.
+KVS_DEVICE void copy_later(std::uint32_t to, const void* from, bool there) {
+  const std::uint32_t bytes = there ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// What was begun since the call before is one batch.
+KVS_DEVICE void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until this thread's batches have arrived, but for the last `kOnTheirWay`.
+template <int kOnTheirWay>
+KVS_DEVICE void wait_for_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOnTheirWay) : "memory");
 }
 
 #else
 
 struct TensorOperands {
-  std::uint32_t a[simt::kWarp][4], b[simt::kWarp][2];
-
-  float left(std::uint32_t row, std::uint32_t k) const {
-    const std::uint32_t pair = a[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-    return widen_float16_bits(pair >> k % 2 * 16 & 0xFFFF);
-  }
-  float right(std::uint32_t k, std::uint32_t column) const {
-    return widen_float16_bits(b[column * 4 + k % 8 / 2][k / 8] >> k % 2 * 16 & 0xFFFF);
-  }
+  float a[16][16], b[16][8];
 };
 
-inline void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+// A sum and eight products as a tensor core of 8.0 adds them, and later ones no worse: all are cut off at a
+// bit below the last that the largest of them has as a float; so is their sum, at its own.
+inline float add_cut_off(float sum, const double (&products)[8]) {
+  constexpr int kBits = 24;
+  const auto exponent_of = [](double value) {
+    return static_cast<int>(std::bit_cast<std::uint64_t>(value) >> 52 & 0x7FF);
+  };
+  const auto cut = [](double value, int exponent, int bits) {  // exponents are biased by 1,023
+    const auto power = [](int of) { return std::bit_cast<double>(static_cast<std::uint64_t>(of) << 52); };
+    const int unit = exponent - bits;
+    return std::trunc(value * power(2046 - unit)) * power(unit);
+  };
+  int largest = exponent_of(sum);
+  for (const double product : products) largest = std::max(largest, exponent_of(product));
+  if (largest == 0 || largest == 0x7FF) return sum;
+  double all = cut(sum, largest, kBits);
+  for (const double product : products) all += cut(product, largest, kBits);
+  return all == 0 ? 0.0f : static_cast<float>(cut(all, exponent_of(all), kBits - 1));
+}
+
+inline void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b_first,
+                               std::uint32_t b_second) {
   static thread_local TensorOperands of_warps[32];
   TensorOperands& given = of_warps[simt::warp()];
-  const std::uint32_t lane = simt::lane();
-  for (std::uint32_t i = 0; i < 4; ++i) given.a[lane][i] = a[i];
-  for (std::uint32_t i = 0; i < 2; ++i) given.b[lane][i] = b[i];
-  emulator::meet_warp(
-      emulator::Meeting::kMatrix, 0, [&sums, &given](const std::uint32_t*, std::uint32_t own) {
-        for (std::uint32_t i = 0; i < 4; ++i) {
-          for (std::uint32_t k = 0; k < 16; ++k) {
-            sums[i] += given.left(own / 4 + i / 2 * 8, k) * given.right(k, own % 4 * 2 + i % 2);
-          }
-        }
-        return 0u;
-      });
+  const std::uint32_t g = simt::lane() / 4, p = simt::lane() % 4;
+  for (std::uint32_t i = 0; i < 8; ++i)
+    given.a[g + i / 2 % 2 * 8][2 * p + i / 4 * 8 + i % 2] =
+        widen_float16_bits(a[i / 2] >> 16 * (i % 2) & 0xFFFF);
+  for (std::uint32_t i = 0; i < 4; ++i)
+    given.b[2 * p + i / 2 * 8 + i % 2][g] =
+        widen_float16_bits((i / 2 ? b_second : b_first) >> 16 * (i % 2) & 0xFFFF);
+  emulator::meet_warp(emulator::Meeting::kMatrix, 0, [&](const std::uint32_t*, std::uint32_t) {
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      for (std::uint32_t k = 0; k < 16; ++k) sums[i] += given.a[g + i / 2 * 8][k] * given.b[k][2 * p + i % 2];
+    }
+    return 0u;
+  });
+}
+
+inline void load_turned(std::uint32_t (&to)[4], std::uint32_t row) {
+  emulator::meet_warp(emulator::Meeting::kMatrix, row, [&to](const std::uint32_t* rows, std::uint32_t own) {
+    for (std::uint32_t i = 0; i < 4; ++i) {
+      const std::uint32_t* of = rows + 8 * i + own % 4 * 2;
+      to[i] = load_shared_16(of[0] + own / 4 * 2) | load_shared_16(of[1] + own / 4 * 2) << 16;
+    }
+    return 0u;
+  });
+}
+
+// Copies of a thread that were begun and have not arrived: nothing is copied before it is waited for.
+struct LateCopy {
+  std::uint8_t* to;
+  const void* from;  // null: zeros
+};
+
+inline std::deque<std::vector<LateCopy> >& late_copies() {
+  static thread_local std::vector<std::deque<std::vector<LateCopy> > > of_threads(1024);
+  auto& own = of_threads[simt::thread()];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+
+inline void copy_later(std::uint32_t to, const void* from, bool there) {
+  if (to % 16 != 0 || (there && reinterpret_cast<std::uintptr_t>(from) % 16 != 0))
+    emulator::stop("a copy into shared memory is not aligned to 16 bytes");
+  late_copies().back().push_back({at_shared<std::uint8_t>(to), there ? from : nullptr});
+}
+
+inline void end_batch() { late_copies().emplace_back(); }
+
+template <int kOnTheirWay>
+void wait_for_batches() {
+  for (auto& own = late_copies(); own.size() > kOnTheirWay + 1; own.pop_front()) {
+    for (const LateCopy& copy : own.front()) {
+      if (copy.from) std::memcpy(copy.to, copy.from, 16);
+      if (!copy.from) std::memset(copy.to, 0, 16);
+    }
+  }
 }
 
 #endif

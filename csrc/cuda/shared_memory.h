@@ -34,6 +34,11 @@ KVS_DEVICE std::uint32_t load_shared_32(std::uint32_t address) {
   return value;
 }
 
+// Aligned to 8 bytes.
+KVS_DEVICE void load_shared_64(std::uint32_t address, std::uint32_t& first, std::uint32_t& second) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(first), "=r"(second) : "r"(address));
+}
+
 KVS_DEVICE void store_shared_8(std::uint32_t address, std::uint32_t value) {
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
@@ -58,6 +63,11 @@ inline std::uint32_t load_shared_16(std::uint32_t address) {
 }
 inline std::uint32_t load_shared_32(std::uint32_t address) {
   return *at_shared<const std::uint32_t>(address);
+}
+
+inline void load_shared_64(std::uint32_t address, std::uint32_t& first, std::uint32_t& second) {
+  first = at_shared<const std::uint32_t>(address)[0];
+  second = at_shared<const std::uint32_t>(address)[1];
 }
 
 inline void store_shared_8(std::uint32_t address, std::uint32_t value) {

@@ -263,6 +263,9 @@ def numbers_of(decoded: Decoded, job: int) -> Iterator[tuple[int, npt.NDArray[np
     """(component, its numbers [tokens]) of a job, in coding order."""
     fields = decoded.jobs.jobs[job]
     tokens, first = int(fields["tokens"]), int(fields["numbers"])
+    octets = -(-tokens // 8)
     for c in range(fields["coded"][fields["levels"] - 1]):
-        begin = first + c // 32 * 32 * tokens + c % 32
-        yield int(decoded.order[int(fields["order"]) + c]) & 0xFFFF, decoded.numbers[begin : begin + 32 * tokens : 32]
+        begin = first + c // 32 * 256 * octets
+        block = decoded.numbers[begin : begin + 256 * octets].reshape(octets, 32, 8)
+        assert not block[:, c % 32].reshape(-1)[tokens:].any()
+        yield int(decoded.order[int(fields["order"]) + c]) & 0xFFFF, block[:, c % 32].reshape(-1)[:tokens]
