@@ -111,17 +111,17 @@ class PlaneWriter {
       const std::uint32_t apart = turned_ / 2;
       const bool second = d >= apart;
       const std::uint32_t pair = second ? d - apart : d;
-      const auto& other = *reinterpret_cast<const FourFloats*>(x + (second ? pair : d + apart));
-      const auto& cosine = *reinterpret_cast<const FourFloats*>(cosines + pair);
-      const auto& sine = *reinterpret_cast<const FourFloats*>(sines + pair);
+      const FourFloats other = *reinterpret_cast<const FourFloats*>(x + (second ? pair : d + apart));
+      const FourFloats cosine = *reinterpret_cast<const FourFloats*>(cosines + pair);
+      const FourFloats sine = *reinterpret_cast<const FourFloats*>(sines + pair);
       KVS_UNROLL
       for (std::uint32_t i = 0; i < 4; ++i) {
         const float across = other.of[i] * sine.of[i];
         own.of[i] = own.of[i] * cosine.of[i] + (second ? across : -across);
       }
     } else {
-      const auto& cosine = *reinterpret_cast<const TwoFloats*>(cosines + d / 2);
-      const auto& sine = *reinterpret_cast<const TwoFloats*>(sines + d / 2);
+      const TwoFloats cosine = *reinterpret_cast<const TwoFloats*>(cosines + d / 2);
+      const TwoFloats sine = *reinterpret_cast<const TwoFloats*>(sines + d / 2);
       KVS_UNROLL
       for (std::uint32_t i = 0; i < 2; ++i) {
         const float first = own.of[2 * i], second = own.of[2 * i + 1];

@@ -78,6 +78,7 @@ class TileProduct {
 
   // All steps; shared memory is free afterwards.
   KVS_DEVICE void multiply(const TileSource& source) {
+    const bool whole = source.columns == kColumns && source.octets == kTokens / kOctet;
     look_up_rows(source, 0);
     KVS_UNROLL
     for (std::uint32_t step = 0; step < kRights - 1; ++step) copy_right(source, step);
@@ -92,7 +93,11 @@ class TileProduct {
       copy_right(source, step + kRights - 1);
       put_left(step + 1);
       fetch_left(source, step + 2);
-      add(source, step);
+      if (whole) {
+        add<true>(source, step);
+      } else {
+        add<false>(source, step);
+      }
     }
     wait_for_batches<0>();
     simt::sync_block();
@@ -206,6 +211,8 @@ class TileProduct {
     return number == 0 ? 0.0f : (static_cast<float>(number) - away) * factor_;
   }
 
+  // Of a tile that is not `whole`, what is beyond it is left out.
+  template <bool whole>
   KVS_DEVICE void add(const TileSource& source, std::uint32_t step) {
     const std::uint32_t base = shared_address(), matrix = simt::lane() / 8, row = simt::lane() % 8;
     // Lanes 8 to 15 point at the next octet, 16 to 31 at components 8 to 15; of S: the other way around.
@@ -218,25 +225,26 @@ class TileProduct {
       std::uint32_t weights[kAcross / 2][4];
       KVS_UNROLL
       for (std::uint32_t i = 0; i < kAcross / 2; ++i) {
-        if (first_column() + 16 * i >= source.columns) break;
+        if (!whole && first_column() + 16 * i >= source.columns) break;
         load_turned(weights[i], base + (right ^ 32 * i) + half * 16 * kRightRow);
       }
       KVS_UNROLL
       for (std::uint32_t i = 0; i < 2 * kSums; ++i) {
-        if (first_octet() + i / 2 * 2 >= source.octets) break;
+        if (!whole && first_octet() + i / 2 * 2 >= source.octets) break;
         std::uint32_t values[4];
         load_turned(values, left + i / 2 * 32 * kLanes + half * 256 + i % 2 * kPartBytes);
-        add_row(source, sums_[i / 2], values, weights);
+        add_row<whole>(source, sums_[i / 2], values, weights);
       }
     }
   }
 
+  template <bool whole>
   static KVS_DEVICE void add_row(const TileSource& source, float (&sums)[kAcross][4],
                                  const std::uint32_t (&values)[4],
                                  const std::uint32_t (&weights)[kAcross / 2][4]) {
     KVS_UNROLL
     for (std::uint32_t i = 0; i < kAcross / 2; ++i) {
-      if (first_column() + 16 * i >= source.columns) break;
+      if (!whole && first_column() + 16 * i >= source.columns) break;
       add_tensor_product(sums[2 * i], values, weights[i][0], weights[i][1]);
       add_tensor_product(sums[2 * i + 1], values, weights[i][2], weights[i][3]);
     }
