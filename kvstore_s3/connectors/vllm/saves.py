@@ -117,8 +117,9 @@ class Saver:
 
     async def _take(self, order: SaveOrder, kv: DeviceKV) -> None:
         try:
-            if self._health.available:
-                await self._kv.take(kv)
+            if not self._health.available:
+                kv.source.revoke()  # its blocks go to others now: not to be read even if the store is back
+            await self._kv.take(kv)
         finally:
             self._on_read(order)
 

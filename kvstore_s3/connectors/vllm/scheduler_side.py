@@ -180,6 +180,8 @@ class SchedulerSide:
         prefills = [span for _, span in spans if span.end - span.begin > 1]
         unsure = {order.request_id for order in loads if order.by_layer}
         self._meter.begin_step(time.monotonic(), prefills, len(spans) - len(prefills), measured=not unsure)
+        preempted = tuple(output.preempted_req_ids or ()) if self._role.reads_later else ()
+        self._saves.let_go(preempted)  # first: one that is resumed in the same step may be saved anew
         saves = []
         for request_id, span in spans if self._role.saves else ():
             state = self._requests.get(request_id)
@@ -190,8 +192,6 @@ class SchedulerSide:
                 save = self._saves.order(request_id, state, span.end, output)
                 if save is not None:
                     saves.append(save)
-        preempted = tuple(output.preempted_req_ids or ()) if self._role.reads_later else ()
-        self._saves.let_go(preempted)
         held, self._held_new = tuple(self._held_new), []
         idle_s = 0.0
         if not output.total_num_scheduled_tokens:
