@@ -58,7 +58,7 @@ def with_names(faults: dict[str, Action]) -> pytest.MarkDecorator:
 
 @with_names({**PASSING, **IN_THE_BODY})
 async def test_a_fault_that_passes_costs_nothing_but_time(filled: Scene, fault: Action) -> None:
-    async with filled.open() as store:
+    async with filled.open(**({} if isinstance(fault, Hang | Stall) else PATIENT)) as store:
         with filled.proxy.fault("GetObject", fault, times=1) as rule:
             served = await serve(store, filled.kv)
         assert (served.tokens, served.error, rule.met) == (len(TOKENS), None, 1)
@@ -70,7 +70,7 @@ async def test_a_fault_that_passes_costs_nothing_but_time(filled: Scene, fault: 
 
 @with_names(PASSING)
 async def test_a_fault_of_a_lookup_that_passes_costs_nothing_but_time(filled: Scene, fault: Action) -> None:
-    async with filled.open() as store:
+    async with filled.open(**({} if isinstance(fault, Hang) else PATIENT)) as store:
         with filled.proxy.fault("HeadObject", fault, times=1) as rule:
             served = await serve(store, filled.kv)
         assert (served.tokens, served.error, rule.met) == (len(TOKENS), None, 1)
@@ -78,7 +78,7 @@ async def test_a_fault_of_a_lookup_that_passes_costs_nothing_but_time(filled: Sc
 
 async def test_delays_cost_nothing_but_time(filled: Scene) -> None:
     filled.proxy.latency_s = 0.05
-    async with filled.open() as store:
+    async with filled.open(**PATIENT) as store:
         with filled.proxy.fault("GetObject", Delay(0.2), skip=1, times=2):
             await filled.assert_served_in_full(store)
 

@@ -36,7 +36,7 @@ async def test_a_refusal_at_the_start_is_an_error_that_says_what_to_do(
     scene: Scene, fault: Action, advice: str
 ) -> None:
     with scene.proxy.fault("", fault), pytest.raises(StoreRefusedError, match=advice):
-        async with scene.open():
+        async with scene.open(**PATIENT):
             pass
 
 
@@ -62,7 +62,7 @@ async def test_a_refusal_at_run_time_is_quick_and_over_when_its_cause_is(
 
 async def test_a_missing_bucket_is_an_error_at_the_start(scene: Scene) -> None:
     with pytest.raises(StoreRefusedError, match="the bucket does not exist; create it"):
-        async with KVStore.open("s3://no-such-bucket/prefix", NAMESPACE, scene.settings()):
+        async with KVStore.open("s3://no-such-bucket/prefix", NAMESPACE, scene.settings(**PATIENT)):
             pass
 
 
@@ -71,14 +71,14 @@ async def test_a_wrong_secret_is_an_error_at_the_start(scene: Scene, monkeypatch
         pytest.skip("moto does not look at signatures")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not this one")
     with pytest.raises(StoreRefusedError, match="secret key does not belong"):
-        async with scene.open():
+        async with scene.open(**PATIENT):
             pass
 
 
 async def test_a_wrong_endpoint_is_an_error_at_the_start(scene: Scene) -> None:
     scene.proxy.refuse()
     with pytest.raises(StoreUnavailableError, match="cannot be reached; is endpoint_url right"):
-        async with scene.open():
+        async with scene.open(**PATIENT):
             pass
 
 
