@@ -92,14 +92,15 @@ def test_damage_is_computed_instead_and_mended(plain: Any, warmed: tuple[Path, A
 
 
 def test_a_lossy_profile_is_saved_and_loaded_and_said(plain: Any, run_engine: Any, tmp_path: Path):
-    run = run_engine(
-        [[FIRST], [SHORT], [FIRST]],
-        store=f"file://{tmp_path}/store",
-        extra={"profile": "near-lossless"},
-        enable_prefix_caching=False,
-    )
-    assert run.tokens[0] == plain.tokens[0], "nothing was loaded for the first"
-    assert run.cached == [[0], [0], [512]]
+    options = {
+        "store": f"file://{tmp_path}/store",
+        "extra": {"profile": "near-lossless"},
+        "enable_prefix_caching": False,
+    }
+    saving = run_engine([[FIRST]], **options)  # its end waits for the save
+    assert saving.tokens[0] == plain.tokens[0], "nothing was loaded for the first"
+    run = run_engine([[FIRST]], **options)
+    assert run.cached == [[512]]
     assert run.count("kvstore_tokens_loaded") == 512
     assert run.count("kvstore_loads_failed") == 0
     assert len(run.log_lines("near-lossless (uncalibrated)")) >= 1
