@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from codec.calibrations import make_calibration
+from cuda.counting import CountingLibrary, opened
 from cuda.emulated import ON_DEVICE, Device
 from partitions import CHUNK, LAYOUT, TOKENS, WHOLE, draw_kv, part_of, same_bits
 
-from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
+from kvstore_s3 import KVLayout, Namespace
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET as DECODER_BUDGET
 from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.codec.device.encoder import SMALLEST_BUDGET, DeviceEncoder
-from kvstore_s3.codec.device.library import Library, Pages
+from kvstore_s3.codec.device.library import Library
 from kvstore_s3.codec.device.sources import EncodeSection, RevokedError, Source
 from kvstore_s3.connectors.vllm.layouts import LAYOUTS, view_layers
 from kvstore_s3.device_load import TensorMemory
@@ -32,20 +32,6 @@ BLOCK_IDS = [7, 2, 11, 0, 18, 5, 3, 14, 9]
 """Of eight tokens each."""
 
 
-class CountingLibrary(Library):
-    """Counts calls and the heads that kernels were given; fails instead once it is told to."""
-
-    calls = heads = 0
-    broken = False
-
-    def lossless_encode(self, jobs: int, count: int, pages: Pages, lengths: int, stream: int) -> None:
-        if self.broken:
-            raise DeviceError("kvs_lossless_encode failed with CUDA error 700")
-        self.calls += 1
-        self.heads += count
-        super().lossless_encode(jobs, count, pages, lengths, stream)
-
-
 @pytest.fixture
 def library(device: Device) -> CountingLibrary:
     return CountingLibrary(device.library.path, emulated=device.library.emulated)
@@ -55,16 +41,6 @@ def library(device: Device) -> CountingLibrary:
 def encoder(library: CountingLibrary) -> Iterator[DeviceEncoder]:
     with DeviceEncoder(library, MEMORY, SMALLEST_BUDGET) as encoder:
         yield encoder
-
-
-@asynccontextmanager
-async def opened(
-    path: Path, layout: KVLayout = LAYOUT, shard: Shard | None = None, **overrides: object
-) -> AsyncIterator[KVStore]:
-    namespace = Namespace(model="parted", revision="1", layout=layout, chunk_tokens=CHUNK)
-    settings = Settings(**({"layer_group": 2} | overrides))
-    async with KVStore.open(f"file://{path}", namespace, settings, shard=shard) as store:
-        yield store
 
 
 def objects_in(path: Path) -> dict[str, bytes]:

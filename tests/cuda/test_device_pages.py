@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from cuda.counting import CountingLibrary, opened
 from cuda.emulated import ON_DEVICE, Device
 from partitions import CHUNK, LAYOUT, TOKENS, WHOLE, damage, draw_kv, flip_last_section, part_of, same_bits, tp
 
-from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
+from kvstore_s3 import KVLayout, KVStore
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder
-from kvstore_s3.codec.device.library import Library, Pages
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.connectors.vllm.layouts import LAYOUTS, view_layers
 from kvstore_s3.device_load import DevicePlace
@@ -31,19 +30,6 @@ BLOCK_IDS = [7, 2, 11, 0, 18, 5, 3, 14]
 """Of eight tokens each: the four whole chunks."""
 
 
-class CountingLibrary(Library):
-    """Counts the streams of codec 1 that kernels were given; fails instead once it is told to."""
-
-    jobs = 0
-    broken = False
-
-    def lossless_decode(self, jobs: int, count: int, pages: Pages, faults: int, stream: int) -> None:
-        if self.broken:
-            raise DeviceError("kvs_lossless_decode failed with CUDA error 700")
-        self.jobs += count
-        super().lossless_decode(jobs, count, pages, faults, stream)
-
-
 @pytest.fixture
 def library(device: Device) -> CountingLibrary:
     return CountingLibrary(device.library.path, emulated=device.library.emulated)
@@ -53,16 +39,6 @@ def library(device: Device) -> CountingLibrary:
 def decoder(library: CountingLibrary) -> Iterator[DeviceDecoder]:
     with DeviceDecoder(library, MEMORY, SMALLEST_BUDGET) as decoder:
         yield decoder
-
-
-@asynccontextmanager
-async def opened(
-    path: Path, layout: KVLayout = LAYOUT, shard: Shard | None = None, **overrides: object
-) -> AsyncIterator[KVStore]:
-    namespace = Namespace(model="parted", revision="1", layout=layout, chunk_tokens=CHUNK)
-    settings = Settings(**({"layer_group": 2} | overrides))
-    async with KVStore.open(f"file://{path}", namespace, settings, shard=shard) as store:
-        yield store
 
 
 def make_caches(layout: KVLayout, order: str, *, heads: int | None = None) -> tuple[torch.Tensor, ...]:

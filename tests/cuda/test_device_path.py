@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from codec.calibrations import make_calibration
+from cuda.counting import CountingLibrary
 from cuda.emulated import ON_DEVICE, Device
 from partitions import (
     CHUNK,
@@ -28,7 +29,7 @@ from partitions import (
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder
-from kvstore_s3.codec.device.library import Library, Pages
+from kvstore_s3.codec.device.library import Pages
 from kvstore_s3.codec.device.scalable_calls import ScalableCalls, ScalableTotals
 from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import Shard
@@ -36,19 +37,6 @@ from kvstore_s3.layout import Shard
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MEMORY = torch.device("cuda" if ON_DEVICE else "cpu")
-
-
-class CountingLibrary(Library):
-    """Counts the streams that kernels were given; fails instead once it is told to."""
-
-    jobs = 0
-    broken = False
-
-    def lossless_decode(self, jobs: int, count: int, pages: Pages, faults: int, stream: int) -> None:
-        if self.broken:
-            raise DeviceError("kvs_lossless_decode failed with CUDA error 700")
-        self.jobs += count
-        super().lossless_decode(jobs, count, pages, faults, stream)
 
 
 @pytest.fixture
