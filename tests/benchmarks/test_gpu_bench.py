@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda.emulated import ON_DEVICE, build
+from device.emulated import ON_DEVICE, build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

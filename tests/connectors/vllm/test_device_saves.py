@@ -11,7 +11,7 @@ pytest.importorskip("vllm", reason="needs the engine environment: make test-engi
 pytestmark = pytest.mark.engine
 
 import torch  # noqa: E402
-from cuda.emulated import build  # noqa: E402
+from device.emulated import build  # noqa: E402
 from partitions import CHUNK, LAYOUT, TOKENS, draw_kv  # noqa: E402
 
 from kvstore_s3 import KVStore, Namespace, Settings  # noqa: E402

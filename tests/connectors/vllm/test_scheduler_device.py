@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from connectors.vllm.rig import Rig, RigOptions, Shape, tokens  # noqa: E402
 from connectors.vllm.rig_store import Faults  # noqa: E402
 from connectors.vllm.rig_traffic import Habits, Traffic, check_store  # noqa: E402
-from cuda.emulated import build  # noqa: E402
+from device.emulated import build  # noqa: E402
 
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder  # noqa: E402
 from kvstore_s3.codec.device.library import Library, Pages  # noqa: E402

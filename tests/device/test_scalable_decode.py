@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from codec.calibrations import make_calibration
-from cuda.emulated import Device
-from cuda.scalable_batch import Batch, Decoded, Given, numbers_of
+from device.emulated import Device
+from device.scalable_batch import Batch, Decoded, Given, numbers_of
 from golden_files import LOSSY, OBJECTS, load_calibrations, read_object, read_values
 from golden_objects import identity_from_json
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cuda.emulated import Device
-from cuda.scalable_encoder import CALIBRATIONS, HEADS, Case, Coder, case_of_layout, values_of
+from device.emulated import Device
+from device.scalable_encoder import CALIBRATIONS, HEADS, Case, Coder, case_of_layout, values_of
 
 from kvstore_s3 import _native
 from kvstore_s3.codec.scalable import SCALABLE, _base_header, decode_scalable

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from codec.calibrations import make_calibration
-from cuda.emulated import Device
-from cuda.scalable_encoder import (
+from device.emulated import Device
+from device.scalable_encoder import (
     CALIBRATIONS,
     COARSE,
     DIM,

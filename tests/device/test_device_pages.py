@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda.counting import CountingLibrary, opened
-from cuda.emulated import ON_DEVICE, Device
+from device.counting import CountingLibrary, opened
+from device.emulated import ON_DEVICE, Device
 from partitions import CHUNK, LAYOUT, TOKENS, WHOLE, damage, draw_kv, flip_last_section, part_of, same_bits, tp
 
 from kvstore_s3 import KVLayout, KVStore

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from codec.calibrations import make_calibration
-from cuda.counting import CountingLibrary
-from cuda.emulated import ON_DEVICE, Device
+from device.counting import CountingLibrary
+from device.emulated import ON_DEVICE, Device
 from partitions import (
     CHUNK,
     LAYOUT,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from codec.sections import CANARY, draw_normal, draw_random, sections
 from codec.test_lossless_document import GOLDEN, golden_values, lossless_names
-from cuda.emulated import Device
+from device.emulated import Device
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from codec.sections import draw_normal, draw_random
-from cuda.emulated import ON_DEVICE, Device
+from device.emulated import ON_DEVICE, Device
 
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.device.batch import CONTROL_BYTES

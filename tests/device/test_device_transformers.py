@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda.emulated import ON_DEVICE, Device
+from device.emulated import ON_DEVICE, Device
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kvstore_s3 import KVLayout, Namespace, Settings, connect

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from codec.calibrations import make_calibration
-from cuda.counting import CountingLibrary, opened
-from cuda.emulated import ON_DEVICE, Device
+from device.counting import CountingLibrary, opened
+from device.emulated import ON_DEVICE, Device
 from partitions import CHUNK, LAYOUT, TOKENS, WHOLE, draw_kv, part_of, same_bits
 
 from kvstore_s3 import KVLayout, Namespace

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from codec.calibrations import make_calibration
-from cuda.emulated import Buffer, Device
+from device.emulated import Buffer, Device
 
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.calibration import SPANS, Calibration

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from codec.sections import KINDS_OF_VALUES, draw_normal, draw_outliers, draw_random, sections, to_bfloat16
-from cuda.emulated import Device
+from device.emulated import Device
 from hypothesis import given, settings
 
 from kvstore_s3 import _native

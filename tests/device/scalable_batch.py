@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cuda.emulated import Buffer, Device
+from device.emulated import Buffer, Device
 
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.calibration import SPANS, Calibration

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cuda.emulated import ON_DEVICE, Device, open_device
+from device.emulated import ON_DEVICE, Device, open_device
 
 
 @pytest.fixture(scope="session")

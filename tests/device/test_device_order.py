@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda.emulated import ON_DEVICE, Device
+from device.emulated import ON_DEVICE, Device
 from partitions import CHUNK, NAMESPACE, TOKENS, WHOLE, draw_kv, same_bits
 
 from kvstore_s3 import KVStore, Settings
