@@ -52,7 +52,8 @@ class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
 
     `epoch` counts how often the engine's caches were reset: loads of an older one must not count any more. `preempted`
     requests have lost their blocks, from which saves may still be reading; `held` requests have ended, and their blocks
-    are held until the worker says that no save reads them any more.
+    are held until the worker says that no save reads them any more. `read_now`: none are, so this step ends when its
+    saves have read what they need.
     """
 
     loads: tuple[LoadOrder, ...]
@@ -61,6 +62,7 @@ class StepOrders(KVConnectorMetadata):  # type: ignore[misc]
     epoch: int = 0
     preempted: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    read_now: bool = False
 
 
 @dataclass(frozen=True, slots=True)

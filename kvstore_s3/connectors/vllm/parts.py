@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from vllm import envs
 from vllm.platforms import current_platform
 
 from kvstore_s3.connectors.vllm.adapters import AdapterDigests
@@ -73,7 +74,7 @@ def make_scheduler_side(
         saves=transfer.is_kv_producer,
         caches_prefixes=bool(config.cache_config.enable_prefix_caching),
         has_tiers=bool(settings.host_tier_bytes or settings.nvme_tier_dir),
-        reads_later=keeps_kv_on_device(),
+        reads_later=keeps_kv_on_device() and steps_without_requests(),
     )
     path = speed_file(settings.cache_dir, kv.namespace.hex, _device(), torch.get_num_threads(), parallel.world_size)
     meter = _make_meter(options, path)
@@ -128,6 +129,11 @@ def make_worker_side(
 def keeps_kv_on_device() -> bool:
     """Whether the engine's blocks are a GPU's."""
     return not current_platform.is_cpu()
+
+
+def steps_without_requests() -> bool:
+    """Whether the engine goes on after its last answer as long as blocks are held: not in its caller's own process."""
+    return bool(envs.VLLM_ENABLE_V1_MULTIPROCESSING)
 
 
 def _make_meter(options: Options, path: Path) -> PrefillMeter:

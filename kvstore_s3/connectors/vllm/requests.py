@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Role:
     """What this engine does with the store, and what it is made of: `ranks` workers, blocks of `block_tokens`.
 
-    `reads_later`: workers read what is to be saved after its step, and blocks are not given back before.
+    `reads_later`: workers read what is to be saved after its step, and blocks are not given back before; otherwise they
+    have read it when the step ends.
     """
 
     block_tokens: int

@@ -45,15 +45,22 @@ class ReadLater:
     def __init__(self) -> None:
         self._reading: dict[int, tuple[str, Source]] = {}
         self._held: set[str] = set()
-        self._lock = threading.Lock()  # saves end on the event loop
+        self._lock = threading.Condition()  # saves end on the event loop
 
     def begin(self, order: SaveOrder, source: Source) -> None:
         with self._lock:
             self._reading[order.save_id] = (order.request_id, source)
 
-    def end(self, order: SaveOrder) -> None:
+    def end(self, order: SaveOrder, _: object = None) -> None:
+        """The save reads no more, or never will. Further calls do nothing."""
         with self._lock:
-            del self._reading[order.save_id]
+            self._reading.pop(order.save_id, None)
+            self._lock.notify_all()
+
+    def wait(self) -> None:
+        """Until nothing is read any more."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._reading)
 
     def sources_of(self, request_ids: Container[str]) -> list[Source]:
         with self._lock:

@@ -197,7 +197,8 @@ class SchedulerSide:
         if not output.total_num_scheduled_tokens:
             asked = any(state.lookup is not None for state in self._requests.values())
             idle_s = _LOADING_WAIT_S if self._loads.any or self._held else _LOOKUP_WAIT_S if asked else 0.0
-        orders = StepOrders(loads, tuple(saves), idle_s, self._epoch, preempted, held)
+        read_now = bool(saves) and not self._role.reads_later
+        orders = StepOrders(loads, tuple(saves), idle_s, self._epoch, preempted, held, read_now)
         self._porter.send()  # last, as other threads go on from here
         return orders
 

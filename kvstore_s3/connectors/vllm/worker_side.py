@@ -6,6 +6,7 @@ import concurrent.futures
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
@@ -149,15 +150,15 @@ class WorkerSide:
                 continue
             size = self._bytes_per_token * (order.tokens.end - order.tokens.begin)
             if not self._may_save(order, size):
-                self._broken.add(order.request_id)
-                self._save_reports.append(SaveReport(order.save_id, "shed"))
-                continue
-            if (kv := self._read(order)) is None:
+                self._give_up(order, "shed")
+            elif (kv := self._read(order)) is None:
                 self._budget.give_back(size)
-                self._broken.add(order.request_id)
-                self._save_reports.append(SaveReport(order.save_id, "failed"))
-                continue
-            self._track(self._store.runtime.submit(self._saver.save(order, kv)))
+                self._give_up(order, "failed")
+            else:
+                self._track(saving := self._store.runtime.submit(self._saver.save(order, kv)))
+                saving.add_done_callback(partial(self._read_later.end, order))  # where it is cancelled at once
+        if orders.read_now:
+            self._read_later.wait()
 
     def take_ended_loads(self, finished: set[str], *, idle_s: float) -> set[str]:
         """Requests whose load between steps has ended, well or not. `finished` requests are gone: theirs are cut."""
@@ -226,6 +227,10 @@ class WorkerSide:
             caches, layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
         )
         return HostBlocks(on_host, self._writer, self._waiter)
+
+    def _give_up(self, order: SaveOrder, end: str) -> None:
+        self._broken.add(order.request_id)
+        self._save_reports.append(SaveReport(order.save_id, end))
 
     def _read(self, order: SaveOrder) -> torch.Tensor | DeviceKV | None:
         """The KV to be saved: a copy, or what is to be read; None where the device fails."""

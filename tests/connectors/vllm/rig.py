@@ -80,6 +80,8 @@ class RigOptions:
     """Settings, as the environment gives them: without KVSTORE_S3_, in capitals."""
     decoder: DeviceDecoder | None = None
     """Takes the place of a GPU's, for pages of `shape.on_device`."""
+    processes: bool = True
+    """Whether the engine believes to be in a process of its own, where steps go on while blocks are held."""
 
 
 @dataclass
@@ -488,6 +490,7 @@ class Rig:
 
     def _patch_environment(self, patch: pytest.MonkeyPatch) -> None:
         patch.setenv("KVSTORE_S3_CACHE_DIR", _DIRECTORY.name)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(self.options.processes)))
         for name, value in self.options.settings.items():
             patch.setenv(f"KVSTORE_S3_{name}", value)
         if self.options.decoder is not None:

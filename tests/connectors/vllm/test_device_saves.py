@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +20,26 @@ from partitions import CHUNK, LAYOUT, TOKENS, draw_kv  # noqa: E402
 from kvstore_s3 import KVStore, Namespace, Settings  # noqa: E402
 from kvstore_s3.codec.device.encoder import SMALLEST_BUDGET, DeviceEncoder  # noqa: E402
 from kvstore_s3.codec.device.library import Library  # noqa: E402
+from kvstore_s3.codec.device.sources import Source  # noqa: E402
 from kvstore_s3.connectors.vllm.health import StoreHealth, late  # noqa: E402
 from kvstore_s3.connectors.vllm.messages import SaveOrder, SaveReport  # noqa: E402
 from kvstore_s3.connectors.vllm.plans import TokenRange  # noqa: E402
-from kvstore_s3.connectors.vllm.saves import _AT_ONCE, Saver  # noqa: E402
+from kvstore_s3.connectors.vllm.saves import _AT_ONCE, ReadLater, Saver  # noqa: E402
 from kvstore_s3.connectors.vllm.stats import Tally  # noqa: E402
 from kvstore_s3.device_save import DeviceKV  # noqa: E402
 from kvstore_s3.hashing import as_token_array, chunk_keys, root_key  # noqa: E402
+
+
+def test_a_save_that_never_begins_is_not_waited_for():
+    """It was cancelled, as the store was closed, before it could say that it reads no more."""
+    order, later, saving = SaveOrder(0, "r", TokenRange(0, 64), (), (), "lossless"), ReadLater(), Future[None]()
+    later.begin(order, Source(None))
+    saving.add_done_callback(partial(later.end, order))
+    threading.Timer(0.01, saving.cancel).start()
+    later.wait()
+    later.end(order)
+    later.hold(["r"])
+    assert later.take_unread() == {"r"}
 
 
 async def test_what_was_not_read_while_the_store_was_in_doubt_is_not_read_later(

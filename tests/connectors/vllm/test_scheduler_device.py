@@ -87,6 +87,7 @@ CASES = {
     "loads by layer": RigOptions(SHAPE, chunk_tokens=32, blocks=24, extra=BY_LAYER),
     "loads by layer, each prefix": RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False, extra=BY_LAYER),
     "two ranks": RigOptions(SHAPE, chunk_tokens=32, ranks=2, prefix_caching=False),
+    "the caller's own process": RigOptions(SHAPE, chunk_tokens=32, blocks=20, processes=False),
 }
 
 
@@ -223,6 +224,34 @@ def test_a_reset_is_refused_as_long_as_blocks_are_held(decoder: DeviceDecoder, l
         name = rig.ask(tokens(200), answer=2)
         rig.run()
         rig.check_nothing_left()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("answer", [1, 8])
+def test_in_the_callers_process_nothing_is_held_after_the_last_answer(ranks: int, answer: int, decoder: DeviceDecoder):
+    """Such an engine takes no step then, so that whoever wants a reset or sleep would be refused for good."""
+    options = RigOptions(SHAPE, chunk_tokens=32, ranks=ranks, prefix_caching=False, processes=False, decoder=decoder)
+    with Rig(f"faulty://device-in-caller-{ranks}-{answer}", options) as rig:
+        rig.faults.delay_s = (0.2, 0.2)  # saves take longer than answers
+        name = rig.ask(tokens(200), answer=answer)
+        rig.run(until=lambda: name in rig.finished)
+        assert rig.pool.get_num_free_blocks() == rig.free_blocks
+        assert rig.scheduler.connector._scheduler._saves._saves, "the step waited for the store"
+        assert rig.scheduler.reset_prefix_cache(reset_running_requests=True)
+        rig.faults.clear()
+    found = check_store(
+        f"faulty://device-in-caller-{ranks}-{answer}", rig.formula, [(tokens(200), None)], chunk_tokens=32
+    )
+    assert found == 192, "what was read was saved"
+
+
+def test_in_the_callers_process_an_abort_leaves_nothing_held(decoder: DeviceDecoder):
+    options = RigOptions(SHAPE, chunk_tokens=32, step_tokens=64, processes=False, decoder=decoder)
+    with Rig("faulty://device-in-caller-aborted", options) as rig:
+        name = rig.ask(tokens(400))
+        rig.run(until=lambda: rig.scheduler.requests[name].num_computed_tokens >= 128)
+        rig.abort(name)
+        assert rig.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
 
 
 @pytest.mark.parametrize("reset", [False, True])
