@@ -66,5 +66,6 @@ NB_MODULE(_native, m) {
   m.def("lossless_decode", &decode, nb::arg("payload").noconvert(), nb::arg("out").noconvert(), nb::kw_only(),
         nb::arg("head_begin"), nb::arg("section_heads"), nb::arg("implementation") = "auto");
   m.def("implementations", &implementations);
+  kvs::register_blocks(m);
   kvs::register_scalable(m);
 }

@@ -17,6 +17,9 @@ Implementation find_implementation(std::string_view name);
 // Adds the scalable codec to the module.
 void register_scalable(nanobind::module_& m);
 
+// Adds the copies between blocks and rows.
+void register_blocks(nanobind::module_& m);
+
 // Throws std::invalid_argument where `array` [layers, kinds, tokens, heads, dim] is no section.
 template <typename Value, typename Array>
 SectionView<Value> view_section(const Array& array) {

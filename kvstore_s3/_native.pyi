@@ -107,5 +107,19 @@ def scalable_finish(
 ) -> None:
     """Write mean + scale * x, K rotated, to the nearest (ties to even) into `out`: `scalable_prepare` reversed."""
 
+def scatter_blocks(
+    blocks: npt.NDArray[np.generic], numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.generic]
+) -> None:
+    """`blocks[numbers] = rows`: blocks [blocks, ...] and rows [len(numbers), ...] of any strides, which do not overlap.
+
+    Squares of items are transposed in registers where the two sides are dense in different axes. Raises ValueError for
+    other shapes, other item sizes and numbers that are no block's.
+    """
+
+def gather_blocks(
+    blocks: npt.NDArray[np.generic], numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.generic]
+) -> None:
+    """`rows[...] = blocks[numbers]`; see `scatter_blocks`."""
+
 def implementations() -> list[str]:
     """What this CPU can run: "portable", and "avx2" and "avx512" where it has them. "auto" takes the last."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, read_tokens, recognise, write_blocks
+from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, Pages, recognise
 from kvstore_s3.connectors.vllm.plans import TokenRange
 from kvstore_s3.errors import UnsupportedModelError
 
@@ -32,6 +32,10 @@ class PagedCache:
     layers: tuple[torch.Tensor, ...]
     packing: Packing
     layer_begin: int = 0
+    pages: Pages = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pages", Pages(self.layers, self.packing))
 
     @classmethod
     def adopt(
@@ -67,7 +71,7 @@ class PagedCache:
 
     def read(self, tokens: TokenRange, block_ids: Sequence[int]) -> torch.Tensor:
         """Copy `tokens`, which lie in `block_ids`, out: canonical [layers, 2, tokens, kv heads, head dim]."""
-        return read_tokens(self.layers, block_ids, self.packing, begin=tokens.begin, end=tokens.end)
+        return self.pages.read_tokens(block_ids, begin=tokens.begin, end=tokens.end)
 
     def write(self, layer_begin: int, kv: torch.Tensor, block_ids: Sequence[int]) -> None:
         """Fill whole `block_ids`, from the model's layer `layer_begin` on.
@@ -79,8 +83,7 @@ class PagedCache:
                 f"layers {layer_begin} to {layer_begin + len(kv)} are not all among {self.layer_begin} to "
                 f"{self.layer_end}, which this process holds"
             )
-        for layer, values in enumerate(kv, start=layer_begin - self.layer_begin):
-            write_blocks(self.layers[layer], block_ids, self.packing, kv=values)
+        self.pages.write(block_ids, kv=kv, layer=layer_begin - self.layer_begin)
 
 
 def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) -> Packing:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore_s3 import _native
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,39 +55,61 @@ class _Axes:
         return tuple(self.shape[axis] for axis in axes)
 
 
-def read_blocks(cache: Tensor, block_ids: Sequence[int], packing: Packing, *, out: Tensor) -> None:
-    """Unpack the blocks of one layer into `out`, in the order of `block_ids`.
+class Pages:
+    """The pages of some layers, packed, as arrays that are indexed like canonical KV. Made once: copies are frequent.
 
-    `cache` is [blocks, kv heads, block tokens, 2 * head dim], packed; `out` is canonical,
-    [2, len(block_ids) * block tokens, kv heads, head dim], of the same dtype. Bits are kept.
+    `caches` are the layers' caches in layer order, each [blocks, kv heads, block tokens, 2 * head dim].
     """
-    for stored, rows in _matching_views(cache, block_ids, packing, out):
-        np.copyto(rows, stored)
 
+    def __init__(self, caches: Sequence[Tensor], packing: Packing) -> None:
+        _, self._heads, self.block_tokens, width = caches[0].shape
+        self._dim, self._dtype = width // 2, caches[0].dtype
+        self._axes = [_parse(order, self.block_tokens, self._dim) for order in (packing.keys, packing.values)]
+        self._layers = [[_as_rows(cache, half, axes) for half, axes in enumerate(self._axes)] for cache in caches]
 
-def write_blocks(cache: Tensor, block_ids: Sequence[int], packing: Packing, *, kv: Tensor) -> None:
-    """Pack canonical `kv` into whole blocks of one layer; shapes as in `read_blocks`. No other block is touched."""
-    for stored, rows in _matching_views(cache, block_ids, packing, kv):
-        np.copyto(stored, rows)
+    def read(self, block_ids: Sequence[int], *, out: Tensor) -> None:
+        """Unpack blocks of all layers into `out`, in the order of `block_ids`.
 
+        `out` is canonical, [layers, 2, len(block_ids) * block tokens, kv heads, head dim], of the caches' dtype. Bits
+        are kept. Raises ValueError for a block that is not there.
+        """
+        numbers = np.array(block_ids, np.int64)
+        for pages, rows in self._pairs(0, len(numbers), out):
+            _native.gather_blocks(pages, numbers, rows)
 
-def read_tokens(
-    caches: Sequence[Tensor], block_ids: Sequence[int], packing: Packing, *, begin: int, end: int
-) -> Tensor:
-    """Return tokens `begin` to `end` of a request as canonical [layers, 2, end - begin, kv heads, head dim].
+    def write(self, block_ids: Sequence[int], *, kv: Tensor, layer: int = 0) -> None:
+        """Pack canonical `kv` into whole blocks, from layer number `layer` on; as in `read`. No other is touched."""
+        numbers = np.array(block_ids, np.int64)
+        for pages, rows in self._pairs(layer, len(numbers), kv):
+            _native.scatter_blocks(pages, numbers, rows)
 
-    `caches` are the layers' caches in layer order. `block_ids` are the blocks from the one that holds token `begin` to
-    the one that holds token `end - 1`; neither needs to start or end there.
-    """
-    _, heads, block_tokens, width = caches[0].shape
-    skip = begin % block_tokens
-    if len(block_ids) != (end + block_tokens - 1) // block_tokens - begin // block_tokens:
-        raise ValueError(f"{len(block_ids)} blocks of {block_tokens} tokens do not span tokens {begin} to {end}")
-    shape = (len(caches), 2, len(block_ids) * block_tokens, heads, width // 2)
-    kv = torch.empty(shape, dtype=caches[0].dtype)
-    for layer, cache in enumerate(caches):
-        read_blocks(cache, block_ids, packing, out=kv[layer])
-    return kv[:, :, skip : skip + end - begin].contiguous()
+    def read_tokens(self, block_ids: Sequence[int], *, begin: int, end: int) -> Tensor:
+        """Return tokens `begin` to `end` of a request as canonical [layers, 2, end - begin, kv heads, head dim].
+
+        `block_ids` are the blocks from the one that holds token `begin` to the one that holds token `end - 1`; neither
+        needs to start or end there.
+        """
+        size = self.block_tokens
+        if len(block_ids) != (end + size - 1) // size - begin // size:
+            raise ValueError(f"{len(block_ids)} blocks of {size} tokens do not span tokens {begin} to {end}")
+        kv = torch.empty((len(self._layers), 2, len(block_ids) * size, self._heads, self._dim), dtype=self._dtype)
+        self.read(block_ids, out=kv)
+        skip = begin % size
+        return kv[:, :, skip : skip + end - begin].contiguous()
+
+    def _pairs(self, layer: int, count: int, kv: Tensor) -> Iterator[tuple[Bits, Bits]]:
+        """The halves of each layer's pages, and the rows of `count` of them in `kv`, with the same axes.
+
+        The arrays are numpy's: torch would copy with OpenMP, whose threads, one set for each thread that copies, would
+        take the model's cores.
+        """
+        kv = _as_integers(kv)
+        layers, _, _, heads, _ = kv.shape
+        for half, axes in enumerate(self._axes):
+            shape = (layers, count, *axes.sizes(axes.tokens), heads, *axes.sizes(axes.dims))
+            rows = kv[:, half].view(shape).numpy()
+            for number in range(layers):
+                yield self._layers[layer + number][half], rows[number]
 
 
 def recognise(page: Tensor, keys: Tensor, values: Tensor) -> Packing | None:
@@ -97,9 +121,9 @@ def recognise(page: Tensor, keys: Tensor, values: Tensor) -> Packing | None:
     for packing in PACKINGS:
         if not _divides(packing, page.shape[1], page.shape[2] // 2):
             continue
-        found = torch.empty((2, *keys.shape), dtype=page.dtype)
-        read_blocks(page[None], [0], packing, out=found)
-        if _same_bits(found[0], keys) and _same_bits(found[1], values):
+        found = torch.empty((1, 2, *keys.shape), dtype=page.dtype)
+        Pages([page[None]], packing).read([0], out=found)
+        if _same_bits(found[0, 0], keys) and _same_bits(found[0, 1], values):
             return packing
     return None
 
@@ -108,26 +132,12 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
-def _matching_views(
-    cache: Tensor, block_ids: Sequence[int], packing: Packing, kv: Tensor
-) -> Iterator[tuple[Bits, Bits]]:
-    """Pair each half of each page with its rows of canonical `kv`, as views of one shape.
-
-    The shape is [*token axes, kv heads, *dim axes]: copying one into the other packs or unpacks. Page by page, because
-    a gather of pages would cost one more pass over memory. The views are numpy's: torch would copy with OpenMP, whose
-    threads, one set for each thread that copies, would take the model's cores.
-    """
-    cache, kv = _as_integers(cache), _as_integers(kv)
+def _as_rows(cache: Tensor, half: int, axes: _Axes) -> Bits:
+    """The K or the V half of all pages: [blocks, *token axes, kv heads, *dim axes]."""
     blocks, heads, block_tokens, width = cache.shape
-    head_dim = width // 2
-    halves = cache.view(blocks, heads, 2, block_tokens * head_dim)
-    for half, order in enumerate((packing.keys, packing.values)):
-        axes = _parse(order, block_tokens, head_dim)
-        to_rows = (*(1 + axis for axis in axes.tokens), 0, *(1 + axis for axis in axes.dims))
-        stored = halves[:, :, half].view(blocks, heads, *axes.shape)
-        rows = kv[half].view(len(block_ids), *axes.sizes(axes.tokens), heads, *axes.sizes(axes.dims))
-        for row, block in enumerate(block_ids):
-            yield stored[block].permute(to_rows).numpy(), rows[row].numpy()
+    halves = _as_integers(cache).view(blocks, heads, 2, block_tokens * width // 2)
+    to_rows = (0, *(2 + axis for axis in axes.tokens), 1, *(2 + axis for axis in axes.dims))
+    return halves[:, :, half].view(blocks, heads, *axes.shape).permute(to_rows).numpy()
 
 
 def _as_integers(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from vllm._custom_ops import cpu_attn_reshape_and_cache  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from kvstore_s3.connectors.vllm.paged import PagedCache, find_packing  # noqa: E402
-from kvstore_s3.connectors.vllm.pages import PACKINGS, read_blocks, recognise, write_blocks  # noqa: E402
+from kvstore_s3.connectors.vllm.pages import PACKINGS, Pages, recognise  # noqa: E402
 from kvstore_s3.connectors.vllm.plans import TokenRange  # noqa: E402
 from kvstore_s3.errors import UnsupportedModelError  # noqa: E402
 from kvstore_s3.layout import KVLayout, Shard  # noqa: E402
@@ -64,10 +64,10 @@ def test_pages_are_those_of_the_kernel(isa: str, head_dim: int, block_tokens: in
     except RuntimeError as error:
         pytest.skip(f"this machine's vLLM has no {isa}: {str(error)[:80]}")
     out = torch.empty_like(kv)
-    read_blocks(cache, table, packing, out=out)
+    Pages([cache], packing).read(table, out=out[None])
     assert torch.equal(out, kv)
     ours = torch.zeros_like(cache)
-    write_blocks(ours, table, packing, kv=kv)
+    Pages([ours], packing).write(table, kv=kv[None])
     assert torch.equal(ours, cache)
     page = cache[table[0]]
     assert recognise(page, kv[0, :block_tokens], kv[1, :block_tokens]) == packing
@@ -88,7 +88,7 @@ def test_fp8_pages_are_those_of_the_kernel(isa: str, packing: object, head_dim: 
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"this machine's vLLM has no fp8 KV: {str(error)[:80]}")
     ours = torch.zeros_like(cache)
-    write_blocks(ours.view(dtype), [2, 0], packing, kv=kv.to(dtype))
+    Pages([ours.view(dtype)], packing).write([2, 0], kv=kv.to(dtype)[None])
     assert torch.equal(ours, cache)
 
 

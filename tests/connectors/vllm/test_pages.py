@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, read_blocks, read_tokens, recognise, write_blocks
+from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, Pages, recognise
 
 VEC, AMX, NEON = PACKINGS
 
@@ -54,7 +54,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 def test_a_page_is_unpacked_as_its_order_says(packing: Packing):
     keys, values = any_bits(32, 2, 16), any_bits(32, 2, 16)
     out = torch.empty(2, 32, 2, 16, dtype=torch.bfloat16)
-    read_blocks(packed_slowly(packing, keys, values)[None], [0], packing, out=out)
+    Pages([packed_slowly(packing, keys, values)[None]], packing).read([0], out=out[None])
     assert same_bits(out[0], keys)
     assert same_bits(out[1], values)
 
@@ -63,7 +63,7 @@ def test_a_page_is_unpacked_as_its_order_says(packing: Packing):
 def test_a_page_is_packed_as_its_order_says(packing: Packing):
     kv = any_bits(2, 32, 2, 16)
     cache = torch.zeros(1, 2, 32, 32, dtype=torch.bfloat16)
-    write_blocks(cache, [0], packing, kv=kv)
+    Pages([cache], packing).write([0], kv=kv[None])
     assert same_bits(cache[0], packed_slowly(packing, kv[0], kv[1]))
 
 
@@ -81,9 +81,10 @@ def test_what_is_written_is_read_back_and_no_other_block_is_touched(
     cache = any_bits(7, heads, block_tokens, 2 * head_dim)
     before = cache.clone()
     kv = any_bits(2, len(block_ids) * block_tokens, heads, head_dim)
-    write_blocks(cache, block_ids, packing, kv=kv)
+    pages = Pages([cache], packing)
+    pages.write(block_ids, kv=kv[None])
     out = torch.empty_like(kv)
-    read_blocks(cache, block_ids, packing, out=out)
+    pages.read(block_ids, out=out[None])
     assert same_bits(out, kv)
     others = [block for block in range(7) if block not in block_ids]
     assert same_bits(cache[others], before[others])
@@ -96,15 +97,15 @@ def test_a_token_range_is_read_wherever_it_begins_and_ends(begin: int, length: i
     whole = any_bits(3, 2, 7 * block_tokens, 2, 16)
     caches = [torch.zeros(9, 2, block_tokens, 32, dtype=torch.bfloat16) for _ in range(3)]
     table = [5, 3, 8, 1, 0, 7, 2]
-    for cache, kv in zip(caches, whole, strict=True):
-        write_blocks(cache, table, packing, kv=kv)
+    pages = Pages(caches, packing)
+    pages.write(table, kv=whole)
     spanned = table[begin // block_tokens : -(-end // block_tokens)]
-    assert same_bits(read_tokens(caches, spanned, packing, begin=begin, end=end), whole[:, :, begin:end])
+    assert same_bits(pages.read_tokens(spanned, begin=begin, end=end), whole[:, :, begin:end])
 
 
 def test_blocks_that_do_not_span_the_range_are_refused():
     with pytest.raises(ValueError, match="do not span"):
-        read_tokens([torch.zeros(4, 1, 16, 32)], [0], VEC, begin=0, end=17)
+        Pages([torch.zeros(4, 1, 16, 32)], VEC).read_tokens([0], begin=0, end=17)
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.name)
@@ -136,3 +137,19 @@ def test_the_order_of_arm_is_that_of_its_matrix_instruction():
         place = dim // 2 * (tokens // 4) * 8 + token // 4 * 8 + dim % 2 * 4 + token % 4
         flat[tokens * dims + place] = values[token, 0, dim]
     assert recognise(page, keys, values) == NEON
+
+
+def test_a_page_takes_some_layers_of_those_that_are_there():
+    caches = [torch.zeros(2, 1, 32, 32, dtype=torch.bfloat16) for _ in range(3)]
+    pages, kv = Pages(caches, AMX), any_bits(1, 2, 32, 1, 16)
+    pages.write([1], kv=kv, layer=2)
+    assert same_bits(pages.read_tokens([1], begin=32, end=64)[2], kv[0])
+    assert not any(cache.any() for cache in caches[:2])
+    assert not caches[2][0].any()
+
+
+@pytest.mark.parametrize("number", [-1, 4])
+def test_a_block_that_is_not_there_is_refused(number: int):
+    pages = Pages([torch.zeros(4, 1, 16, 32)], VEC)
+    with pytest.raises(ValueError, match="no block of that number"):
+        pages.write([0, number], kv=torch.zeros(1, 2, 32, 1, 16))
