@@ -61,7 +61,7 @@ def measure_layers(store: Store, model: Path, repeats: int) -> dict[str, Any]:
     The engines only read, so that no tail is stored.
     """
     if not store.chunk_sizes("hits/"):
-        fill(store, model)
+        fill(store, model, nvme_tier_dir=store.folder / "nvme")  # as hits do, which may come later
     modes = {mode: store.ours("hits", role="kv_consumer", load_mode=mode) for mode in ("async", "by-layer")}
     times: dict[int, dict[str, list[float]]] = {tail: {mode: [] for mode in modes} for tail in TAILS}
     with _side_by_side(store, model, modes) as engines:

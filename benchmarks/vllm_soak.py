@@ -53,6 +53,7 @@ def main() -> int:
         "--period-s", type=float, default=2.0, help="how long each fault lasts; the calm after it is thrice as long"
     )
     parser.add_argument("--by-layer", action="store_true", help="load by layer instead of between steps")
+    parser.add_argument("--prefix-cache", action="store_true", help="with the engine's own prefix cache, off otherwise")
     parser.add_argument("--out", type=Path, help="keep the result here and not with the other results")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,6 +72,7 @@ def main() -> int:
 def soak(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     model = write_model(directory / "model")
     job = {"model": str(model), "requests": options.requests, "seed": options.seed, "aborts": 0.0, "extra": None}
+    job["prefix_cache"] = options.prefix_cache
     expected = start_engine(job, {})
     with running_minio(BUCKET) as server, FaultProxy(server.endpoint) as proxy:
         environment = {**server.environment(), **QUICK, "KVSTORE_S3_ENDPOINT_URL": proxy.endpoint}
@@ -87,6 +89,7 @@ def soak(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     return {
         "requests": options.requests,
         "load_mode": "by-layer" if options.by_layer else "async",
+        "prefix_cache": options.prefix_cache,
         "finished": len(found["answers"]),
         "aborted": found["aborted"],
         "wrong_answers": len(wrong),
@@ -185,7 +188,7 @@ def run_engine(job: dict[str, Any]) -> int:
         max_num_batched_tokens=512,
         num_gpu_blocks_override=100,
         block_size=32,
-        enable_prefix_caching=False,  # so that what was asked before comes from the store
+        enable_prefix_caching=job["prefix_cache"],  # without, what was asked before comes from the store
         kv_transfer_config=transfer,
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

@@ -34,6 +34,7 @@ from kvstore_s3.transfer.buffers import SlabPool
 from kvstore_s3.transfer.hedging import HedgePolicy
 from kvstore_s3.transfer.prefetcher import Prefetcher
 from kvstore_s3.transfer.ranges import Band, plan_bands
+from kvstore_s3.transfer.turns import Turns
 from kvstore_s3.transfer.window import Window
 
 
@@ -60,7 +61,7 @@ class Loader:
         self._settings = settings
         self._count = count
         cores = settings.codec_threads or os.cpu_count() or 1
-        self._chunks_at_once = settings.download_concurrency + cores
+        self._turns = Turns(settings.download_concurrency + cores)
         self._threads = ThreadPoolExecutor(cores, "kvstore-s3-decode")
         self.devices = Devices(settings)
         self._recycler = Recycler(settings.reuse_bytes)
@@ -125,7 +126,7 @@ class Loader:
             on_lost=on_lost,
             sink=sink,
             find_place=find_place,
-            at_once=self._chunks_at_once,
+            turns=self._turns.of_load(),
             pace=pace,
             lowest_profile=self._settings.lowest_profile,
             count=self._count,
@@ -140,7 +141,7 @@ class Loader:
         """Have the memory that a load of so many tokens into a sink takes before the first load waits for it."""
         size = 2 * self._shard.layers * self._chunk_tokens * self._shard.heads * self._layout.head_dim
         kept = self._settings.reuse_bytes // (size * self._layout.itemsize)
-        chunks = min(-(-tokens // self._chunk_tokens), self._chunks_at_once, kept)
+        chunks = min(-(-tokens // self._chunk_tokens), self._turns.most, kept)
         values = [self.empty(self._shard.layers, self._chunk_tokens) for _ in range(chunks)]
         slab = self.slabs.try_acquire(min(self.slabs.budget, 2 * self._settings.range_bytes))
 

@@ -24,6 +24,7 @@ from kvstore_s3.reader import Reader
 from kvstore_s3.shared_link import SharedLink
 from kvstore_s3.transfer.link import urgency
 from kvstore_s3.transfer.ranges import Band
+from kvstore_s3.transfer.turns import LoadTurns
 
 __all__ = ["Pace", "Stream"]
 
@@ -65,7 +66,8 @@ class Stream:
     `allocate(band, chunks)` makes the tensor [layers of the band, 2, tokens, kv heads, head dim] that a band is decoded
     into, or a chunk's share of it where there is a `sink`, which is awaited for each as soon as it is there; `view`
     makes what the reader gets of it. `find_place`, beside a sink, gives some chunks their places. `on_lost` hears of
-    objects that could not be used, and since when the load runs; it ends before the first of them.
+    objects that could not be used, and since when the load runs; it ends before the first of them. A chunk's share is
+    worked on when `turns` say so.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Stream:
         shard: Shard,
         allocate: Callable[[Band, int], torch.Tensor],
         on_lost: Callable[[Identity, Exception, float], None],
-        at_once: int,
+        turns: LoadTurns,
         view: Callable[[torch.Tensor], Place] = view_bits,
         sink: Sink | None = None,
         find_place: PlaceFinder | None = None,
@@ -97,7 +99,7 @@ class Stream:
         self._on_lost = on_lost
         self._sink = sink
         self._find_place = find_place
-        self._turns = asyncio.Semaphore(at_once)
+        self._turns = turns
         self._pace = pace
         self._count = count
         self._lowest = find_quality(lowest_profile).levels if lowest_profile else reader.quality.levels

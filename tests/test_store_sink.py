@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,8 +25,8 @@ def draw_kv() -> torch.Tensor:
 
 
 @asynccontextmanager
-async def opened(directory: Path) -> AsyncIterator[KVStore]:
-    async with KVStore.open(f"file://{directory}", NAMESPACE, load_settings()) as store:
+async def opened(directory: Path, **settings: object) -> AsyncIterator[KVStore]:
+    async with KVStore.open(f"file://{directory}", NAMESPACE, load_settings(**settings)) as store:
         yield store
 
 
@@ -70,6 +71,30 @@ async def test_a_lost_chunk_is_not_given_and_those_before_it_are(tmp_path: Path)
             assert group.tokens == 2 * CHUNK
     assert (0, 2) not in pages.calls
     assert torch.equal(pages.kv[:, :, : 2 * CHUNK], kv[:, :, : 2 * CHUNK])
+
+
+async def test_loads_at_once_share_the_memory_that_one_may_take(tmp_path: Path) -> None:
+    held, most, may_go = 0, 0, asyncio.Event()
+
+    async def hold(layer_begin: int, number: int, values: torch.Tensor) -> None:
+        nonlocal held, most
+        held += 1
+        most = max(most, held)
+        if held == 2 + 3:  # of all loads, and one for each but the one that has those
+            may_go.set()
+        await may_go.wait()
+        held -= 1
+
+    async with opened(tmp_path, download_concurrency=1, codec_threads=1) as store:
+        await store.save(TOKENS, draw_kv())
+        hit = await store.lookup(TOKENS)
+
+        async def load() -> None:
+            async for _ in store.stream(hit, sink=hold):
+                pass
+
+        await asyncio.gather(*[load() for _ in range(4)])
+    assert most == 2 + 3
 
 
 async def test_a_sink_that_fails_ends_the_load_with_its_error(tmp_path: Path) -> None:
