@@ -4,6 +4,9 @@ Runs in vLLM's environment: `python benchmarks/vllm_miss.py`. Engines without an
 on one MinIO, and take turns with prompts of random tokens; one is at work at a time, and the next turn waits until its
 saves have ended. Each round gives ratios to the engine without; told are their median, range and standard error. The
 model computes on all cores but one. Engines have three processes, as is vLLM's default; with --one-process, one.
+
+Ratios of such engines differ by more than a percent on a shared host. So the connector is timed from within, too: what
+its calls take of the engine's own threads, and how long requests wait for its answers, by the time of it all.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from record import record  # noqa: E402
+from vllm_calls import DIRECTORY, read_calls  # noqa: E402
 from vllm_process import engine_environment  # noqa: E402
 
 BUCKET = "kvstore"
@@ -73,6 +77,7 @@ SMALL = Workload(
 """Computing takes tens of milliseconds: a lookup would be a part of it, and admission has to hold it back."""
 
 WORKLOADS = {"large": LARGE, "small": SMALL}
+RATIOS = ("first_token_s", "prompts_per_s", "cpu_s")
 
 
 def main() -> None:
@@ -148,7 +153,11 @@ class Engine:
         store = {"store": f"s3://{BUCKET}/{variant.replace(' ', '-')}"}
         job = {"model": str(model), "extra": None if extra is None else {**store, **extra}}
         log = folder / f"{variant}.log"
-        environment = engine_environment() | dict(server) | {"KVSTORE_S3_CACHE_DIR": str(folder / "cache")}
+        calls = folder / f"{variant}-calls"
+        calls.mkdir()
+        ours = {"KVSTORE_S3_CACHE_DIR": str(folder / "cache"), DIRECTORY: str(calls)}
+        paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = engine_environment() | dict(server) | ours | {"PYTHONPATH": paths}
         with (
             log.open("w") as errors,
             subprocess.Popen(
@@ -215,14 +224,17 @@ def transfer_config(extra: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     return {
         "kv_connector": "KVStoreS3Connector",
-        "kv_connector_module_path": "kvstore_s3.connectors.vllm",
+        "kv_connector_module_path": "vllm_timed_connector",
         "kv_role": "kv_both",
         "kv_connector_extra_config": extra,
     }
 
 
 def take_turn(llm: Any, *, seed: int, tokens: int, singles: int, batch: int) -> dict[str, float]:
-    """Median seconds to the first token of lone prompts, prompts per second of a batch, CPU seconds of it all."""
+    """Median seconds to the first token of lone prompts, prompts per second of a batch, CPU seconds of it all.
+
+    `calls_s` and `waiting_s` are the connector's (see vllm_calls), of the lone prompts; `alone_s` is what these took.
+    """
     prompts = random.Random(seed)
 
     def generate(count: int, answer_tokens: int) -> float:
@@ -234,14 +246,18 @@ def take_turn(llm: Any, *, seed: int, tokens: int, singles: int, batch: int) -> 
         llm.generate(asked, sampling, use_tqdm=False)
         return time.perf_counter() - begun
 
-    cpu = cpu_seconds()
-    first_token = statistics.median(generate(1, 1) for _ in range(singles))
+    cpu, before = cpu_seconds(), read_calls()
+    alone = [generate(1, 1) for _ in range(singles)]
+    after = read_calls()
     per_second = batch / generate(batch, 8)
     wait_idle()
     return {
-        "first_token_s": round(first_token, 5),
+        "first_token_s": round(statistics.median(alone), 5),
         "prompts_per_s": round(per_second, 4),
         "cpu_s": round(cpu_seconds() - cpu, 3),
+        "alone_s": round(sum(alone), 5),
+        "calls_s": round(after["scheduler"] - before["scheduler"] + after["worker"] - before["worker"], 5),
+        "waiting_s": round(after["waiting"] - before["waiting"], 5),
     }
 
 
@@ -267,7 +283,7 @@ def cpu_seconds() -> float:
 
 def summarise(turns: Sequence[dict[str, float]], without: Sequence[dict[str, float]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    for name in turns[0]:
+    for name in RATIOS:
         ratios = [turn[name] / other[name] for turn, other in zip(turns, without, strict=True)]
         summary[name] = {
             "median": round(statistics.median(turn[name] for turn in turns), 5),
@@ -278,17 +294,22 @@ def summarise(turns: Sequence[dict[str, float]], without: Sequence[dict[str, flo
             if len(ratios) > 1
             else None,
         }
+    alone = sum(turn["alone_s"] for turn in turns)
+    for name in ("calls", "waiting"):
+        summary[name] = {"share": round(sum(turn[f"{name}_s"] for turn in turns) / alone, 5)}
     return summary
 
 
 def print_table(name: str, summary: Mapping[str, Any]) -> None:
     print(f"\n{name}: ratios to an engine without the connector (median, range, standard error)")
     for variant, figures in summary.items():
-        cells = (
-            f"{figure['ratio']:.3f} ({figure['least']:.3f} to {figure['most']:.3f}, +-{figure['standard_error']})"
-            for figure in figures.values()
-        )
-        print(f"  {variant:14}" + "   ".join(f"{key} {cell}" for key, cell in zip(figures, cells, strict=True)))
+        print(f"  {variant:14}" + "   ".join(f"{name} {describe(figure)}" for name, figure in figures.items()))
+
+
+def describe(figure: Mapping[str, float]) -> str:
+    if "share" in figure:
+        return f"{figure['share']:.3%}"
+    return f"{figure['ratio']:.3f} ({figure['least']:.3f} to {figure['most']:.3f}, +-{figure['standard_error']})"
 
 
 if __name__ == "__main__":
