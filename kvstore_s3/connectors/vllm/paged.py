@@ -11,6 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from kvstore_s3.connectors.vllm.pages import PACKINGS, Packing, Pages, recognise
 from kvstore_s3.connectors.vllm.plans import TokenRange
+from kvstore_s3.connectors.vllm.prefault import populate
 from kvstore_s3.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -84,6 +85,12 @@ class PagedCache:
                 f"{self.layer_end}, which this process holds"
             )
         self.pages.write(block_ids, kv=kv, layer=layer_begin - self.layer_begin)
+
+    def populate(self, tokens: int) -> None:
+        """Have memory behind as many blocks as the first `tokens` take, which the engine gives out from block 0 on."""
+        for layer in self.layers:
+            blocks = min(len(layer), 1 + -(-tokens // self.block_tokens))
+            populate(layer.data_ptr(), layer[:blocks].nbytes)
 
 
 def find_packing(layout: KVLayout, block_tokens: int, model_dtype: torch.dtype) -> Packing:

@@ -113,8 +113,10 @@ def make_worker_side(
 ) -> WorkerSide:
     health = StoreHealth(store.kv.objects, store.kv.settings)
     store.runtime.submit(_get_ready(store.kv))
-    if config.kv_transfer_config.is_kv_consumer and not keeps_kv_on_device():
-        store.runtime.submit(store.kv.warm_up(min(config.model_config.max_model_len, _WARM_TOKENS)))
+    loads = config.kv_transfer_config.is_kv_consumer and not keeps_kv_on_device()
+    warm_tokens = min(config.model_config.max_model_len, _WARM_TOKENS) if loads else 0
+    if warm_tokens:
+        store.runtime.submit(store.kv.warm_up(warm_tokens))
     return WorkerSide(
         store,
         health,
@@ -123,6 +125,7 @@ def make_worker_side(
         block_tokens=kv_cache.kv_cache_groups[0].kv_cache_spec.block_size,
         model_dtype=config.model_config.dtype,
         writes=writes(config, store.namespace.layout),
+        warm_tokens=warm_tokens,
     )
 
 

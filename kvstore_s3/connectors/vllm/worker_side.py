@@ -44,7 +44,8 @@ _WRITERS = 2
 class WorkerSide:
     """All methods run on the worker's thread; results come over from the event loop under a lock.
 
-    `writes` is False for a rank whose heads another one has too, and saves.
+    `writes` is False for a rank whose heads another one has too, and saves. `warm_tokens`: how many tokens' blocks are to
+    have memory before the first load writes them.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class WorkerSide:
         block_tokens: int,
         model_dtype: torch.dtype,
         writes: bool = True,
+        warm_tokens: int = 0,
     ) -> None:
+        self._warm_tokens = warm_tokens
         self._store = store
         self._health = health
         self._options = options
@@ -226,6 +229,8 @@ class WorkerSide:
         self._cache = on_host = PagedCache.adopt(
             caches, layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
         )
+        if self._warm_tokens:
+            self._writer.submit(on_host.populate, self._warm_tokens)
         return HostBlocks(on_host, self._writer, self._waiter)
 
     def _give_up(self, order: SaveOrder, end: str) -> None:
