@@ -44,8 +44,8 @@ _WRITERS = 2
 class WorkerSide:
     """All methods run on the worker's thread; results come over from the event loop under a lock.
 
-    `writes` is False for a rank whose heads another one has too, and saves. `warm_tokens`: how many tokens' blocks are to
-    have memory before the first load writes them.
+    `writes` is False for a rank whose heads another one has too, and saves. `warm_tokens`: how many tokens' blocks
+    are to have memory before the first load writes them.
     """
 
     def __init__(
