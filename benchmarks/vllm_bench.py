@@ -12,6 +12,7 @@ results/vllm.json and results/vllm.svg.
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -40,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run, with commas between (default: all)")
-    parser.add_argument("--keep", metavar="NAME", help="keep the JSON of chosen parts, too, as results/NAME.json")
+    parser.add_argument(
+        "--keep", metavar="NAME", help="keep the JSON of chosen parts, too, in results/NAME.json, beside its others"
+    )
     parser.add_argument("--trial", action="store_true", help="a tiny model, one round: to see that it runs")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs and all else in this directory")
     arguments = parser.parse_args()
@@ -56,16 +59,28 @@ def main() -> None:
         options = {"admission": "always"} if arguments.trial else {}  # a tiny model is faster than any store
         with running_store(folder, **options) as store:
             result = measure(store, model, parts, 1 if arguments.trial else arguments.rounds, trial=arguments.trial)
-    verdicts = judge(result)
-    print_verdicts(verdicts)
+    print_verdicts(judge(result))
     if arguments.trial:
         return
-    taken = {"seconds": round(time.perf_counter() - began), "rounds": arguments.rounds}
-    if set(parts) == set(PARTS):
-        draw(result)
-        record("vllm", {**taken, "goals": verdicts, **result}, *PACKAGES)
-    elif arguments.keep:
-        record(arguments.keep, {**taken, "goals": verdicts, **result}, *PACKAGES)
+    name = arguments.keep or ("vllm" if set(parts) == set(PARTS) else None)
+    if name is not None:
+        keep(name, result, arguments.rounds, round(time.perf_counter() - began))
+
+
+def keep(name: str, result: Mapping[str, Any], rounds: int, seconds: int) -> None:
+    """Keep the parts of this run beside those of the kept result that this run has not taken, and draw all of them.
+
+    Figures are compared within a part alone; `taken` says which run each part is of.
+    """
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    run = {"ended": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "seconds": seconds, "rounds": rounds}
+    taken = kept.get("taken", {}) | {part: run for part in PARTS if part in result}
+    others = {part: kept[part] for part in PARTS if part in kept and part not in result}
+    merged = dict(result) | others
+    if all(part in merged for part in ("hits", "zipf", "saving", "layers")):
+        draw(name, merged)
+    record(name, {"goals": judge(merged), "taken": taken, **merged}, *PACKAGES)
 
 
 def measure(store: Store, model: Path, parts: list[str], rounds: int, *, trial: bool) -> dict[str, Any]:
@@ -153,9 +168,9 @@ def print_verdicts(verdicts: list[dict[str, Any]]) -> None:
         print(f"{verdict['row']:66}{verdict['found']:10.3f}{verdict['goal']:8g} {verdict['unit']}{mark}")
 
 
-def draw(result: Mapping[str, Any]) -> None:
+def draw(name: str, result: Mapping[str, Any]) -> None:
     panels = [*_hit_panels(result["hits"]), *_zipf_panels(result["zipf"]), *_pair_panels(result)]
-    path = RESULTS / "vllm.svg"
+    path = RESULTS / f"{name}.svg"
     path.write_text(draw_bars(panels, "vLLM on a CPU, MinIO: less is better, but for requests/s", S3, "prefix cache"))
     print(f"kept in {path.relative_to(RESULTS.parent.parent)}")
 
