@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,12 @@ class Store:
     folder: Path
     options: Mapping[str, Any]
     """Of our connector, for all engines."""
+    prefixes: set[str] = field(default_factory=set)
+    """Of our connector's stores, as far as they were asked for."""
 
     def ours(self, prefix: str, *, role: str = "kv_both", **options: Any) -> dict[str, Any]:
         """The kv_transfer_config of our connector with a store under `prefix`."""
+        self.prefixes.add(f"{prefix}/")
         return {
             "kv_connector": "KVStoreS3Connector",
             "kv_connector_module_path": "kvstore_s3.connectors.vllm",
@@ -46,11 +49,26 @@ class Store:
         given = {f"KVSTORE_S3_{name.upper()}": str(value) for name, value in settings.items()}
         return self.server.environment() | given
 
+    def chunks(self, prefix: str) -> dict[str, int]:
+        """Names and bytes of the objects that are large enough to be KV."""
+        with self.server.client() as client:
+            found = {item.object_name: item.size or 0 for item in client.list_objects(BUCKET, prefix, recursive=True)}
+        return {name: size for name, size in found.items() if name and size > 65536}
+
     def chunk_sizes(self, prefix: str) -> list[int]:
         """Bytes of each object that is large enough to be KV."""
+        return list(self.chunks(prefix).values())
+
+    def chunks_of_others(self) -> list[str]:
+        """Names of the objects that our connector has not stored."""
+        return [name for name in self.chunks("") if not name.startswith(tuple(self.prefixes))]
+
+    def serve(self, names: Iterable[str]) -> None:
+        """Have the server give these objects, to nobody: as a store in service, which was not idle for a minute."""
         with self.server.client() as client:
-            sizes = [found.size or 0 for found in client.list_objects(BUCKET, prefix, recursive=True)]
-        return [size for size in sizes if size > 65536]
+            for name in names:
+                with client.get_object(BUCKET, name) as answer:
+                    answer.read()
 
     def await_chunks(self, prefix: str, count: int) -> int:
         """Wait until `count` objects of KV are there, a moment at most; return how many there are."""
