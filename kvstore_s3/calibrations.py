@@ -63,6 +63,10 @@ class Calibrations:
         self._lifetime_s = lifetime_s
         self._verdicts: dict[bytes, _Verdict] = {}
         self._current: tuple[bytes | None, float] = (None, 0.0)
+        self.last: tuple[bytes, Calibration] | None = None
+        """What `current` said last, which asks nobody; None before."""
+        self.asked = False
+        """Whether it has said anything."""
         self._told: set[object] = set()
         self._turn = asyncio.Lock()
 
@@ -73,7 +77,8 @@ class Calibrations:
             digest = await self._read_current()
             self._current = (digest, time.monotonic() + self._lifetime_s)
         calibration = await self.find(digest) if digest else None
-        return (digest, calibration) if digest and calibration else None
+        self.last, self.asked = (digest, calibration) if digest and calibration else None, True
+        return self.last
 
     async def find(self, digest: bytes) -> Calibration | None:
         """The calibration of that digest; None, said once in the log, where it is missing or its bytes are not it."""
@@ -100,6 +105,7 @@ class Calibrations:
         document = json.dumps({"digest": digest.hex()}).encode("ascii")
         await self._objects.put(current_key(self._namespace.hex), document, replace=True)
         self._current = (digest, time.monotonic() + self._lifetime_s)
+        self.last, self.asked = (digest, calibration), True
         return digest
 
     async def _read_current(self) -> bytes | None:

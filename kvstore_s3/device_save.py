@@ -15,13 +15,14 @@ import torch
 
 from kvstore_s3.codec.device.encoder import DeviceEncoder
 from kvstore_s3.codec.device.pieces import Form, Target
-from kvstore_s3.codec.device.sources import EncodeSection, Readable, RevokedError, Source
+from kvstore_s3.codec.device.sources import EncodeSection, Lossy, Readable, RevokedError, Source
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.codec.lossless import LosslessCodec
-from kvstore_s3.codec.raw import RawCodec
+from kvstore_s3.codec.scalable import SCALABLE
 from kvstore_s3.device_load import TensorMemory
-from kvstore_s3.encode import CodedGroup, layer_ranges, view_bits
+from kvstore_s3.encode import CodedChunk, CodedGroup, Encoding, ValueGroup, layer_ranges
 from kvstore_s3.errors import DeviceError, StoreUnavailableError
+from kvstore_s3.layout import Shard
 from kvstore_s3.load import run_all
 from kvstore_s3.objectstore.awaiting import finish
 
@@ -32,8 +33,8 @@ T = TypeVar("T")
 _LAYERS_AT_ONCE = 4
 """Layers of a chunk that are fetched together, by way of as much of the device's memory."""
 
-Taken: TypeAlias = "list[CodedGroup] | torch.Tensor"
-"""What a save has of a chunk: coded layer groups, or values [layers, 2, tokens, heads, dim] on the host."""
+Taken: TypeAlias = "CodedChunk | torch.Tensor"
+"""What a save has of a chunk: layer groups, or values [layers, 2, tokens, heads, dim] on the host."""
 
 FindMemory = Callable[[int, int], tuple[Readable, int]]
 """Memory that holds the tokens from one to another, and where in it the first of them is."""
@@ -77,6 +78,31 @@ class LayersMemory:
     def part(self, begin: int, end: int) -> LayersMemory:
         """The tokens `begin` to `end`."""
         return LayersMemory(tuple((keys[begin:end], values[begin:end]) for keys, values in self.layers))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceCoding:
+    """How KV of the rectangle `shard`, its first token at position `first_token`, is coded on its device."""
+
+    encoding: Encoding
+    shard: Shard
+    first_token: int
+
+    def sections(self, begin: int, skip: int, tokens: int) -> list[EncodeSection]:
+        """Those of `tokens` tokens from `begin` on, which are `skip` tokens behind the beginning of their memory."""
+        ranges = layer_ranges(0, self.shard.layers, self.encoding.section_layers)
+        return [
+            EncodeSection(first, end - first, skip, tokens, self._lossy(first, self.first_token + begin))
+            for first, end in ranges
+        ]
+
+    def _lossy(self, layer: int, position: int) -> Lossy | None:
+        encoding, shard = self.encoding, self.shard
+        if encoding.quality.object_profile != "scalable":
+            return None
+        calibration = encoding.calibration[1] if encoding.calibration else None
+        first = shard.layer_begin + layer
+        return Lossy(first, shard.head_begin, position, encoding.levels, calibration, encoding.rotation)
 
 
 class DeviceKV:
@@ -125,47 +151,48 @@ class DeviceKV:
         """Bytes of the values."""
         return prod(self.shape) * self.dtype.itemsize
 
-    async def take_all(self, tokens: int, layer_group: int | None) -> None:
+    async def take_all(self, tokens: int, coding: DeviceCoding | None) -> None:
         """Take all whole chunks of `tokens` tokens, for `take` to give once each. Raises `DeviceError`.
 
         When it returns or raises, nothing reads the memory any more.
         """
 
         async def keep(begin: int) -> None:
-            self._taken[begin] = await self._read(begin, tokens, layer_group)
+            self._taken[begin] = await self._read(begin, tokens, coding)
 
         await run_all([keep(begin) for begin in range(0, self.shape[2] - tokens + 1, tokens)])
 
-    async def take(self, begin: int, tokens: int, layer_group: int | None) -> Taken:
-        """The tokens from `begin` on: coded, in groups of so many layers; or (None) as values. Raises `DeviceError`."""
-        taken = self._taken.pop(begin, None)
-        return await self._read(begin, tokens, layer_group) if taken is None else taken
+    async def take(self, begin: int, tokens: int, coding: DeviceCoding | None) -> Taken:
+        """The tokens from `begin` on: coded, if not taken before in another way; or (None) as values.
 
-    async def _read(self, begin: int, tokens: int, layer_group: int | None) -> Taken:
+        Raises `DeviceError`.
+        """
+        taken = self._taken.pop(begin, None)
+        return await self._read(begin, tokens, coding) if taken is None else taken
+
+    async def _read(self, begin: int, tokens: int, coding: DeviceCoding | None) -> Taken:
         memory, skip = self._find(begin, begin + tokens)
-        if layer_group is not None:
-            ranges = layer_ranges(0, self.shape[0], layer_group)
-            sections = [EncodeSection(first, end - first, skip, tokens) for first, end in ranges]
-            if all(self._encoder.takes(memory, section) for section in sections):
-                try:
-                    return await self._encode(memory, sections)
-                except RevokedError:
-                    raise
-                except DeviceError as error:
-                    log.warning("KV is coded by the CPU: %s", error)
+        if coding is not None and self._encoder.can_encode:
+            try:
+                groups = await self._encode(memory, coding.sections(begin, skip, tokens))
+                return CodedChunk(coding.encoding, coding.first_token + begin, groups)
+            except RevokedError:
+                raise
+            except DeviceError as error:
+                log.warning("KV is coded by the CPU: %s", error)
         return await self._fetch(memory, skip, tokens)
 
-    async def _encode(self, memory: Readable, sections: Sequence[EncodeSection]) -> list[CodedGroup]:
-        batches = await _all_of(self._encoder.encode(self.source, memory, sections))
-        groups = []
-        payloads = (payload for batch in batches for payload in batch)
-        for section, payload in zip(sections, payloads, strict=True):
+    async def _encode(self, memory: Readable, sections: Sequence[EncodeSection]) -> list[CodedGroup | ValueGroup]:
+        (coded,) = await _all_of([self._encoder.encode(self.source, memory, sections)])
+        groups: list[CodedGroup | ValueGroup] = []
+        for section, levels in zip(sections, coded, strict=True):
             first, end = section.layer_begin, section.layer_begin + section.layers
-            if payload is not None:
-                groups.append(CodedGroup(first, end, [(LosslessCodec.id, payload)]))
-                continue
-            values = await self._fetch(memory[first:end,], section.token_begin, section.tokens)
-            groups.append(CodedGroup(first, end, [(RawCodec.id, RawCodec().encode(view_bits(values.contiguous())))]))
+            if levels is None:
+                values = await self._fetch(memory[first:end,], section.token_begin, section.tokens)
+                groups.append(ValueGroup(first, end, values.contiguous()))
+            else:
+                codec = LosslessCodec.id if section.lossy is None else SCALABLE
+                groups.append(CodedGroup(first, end, [(codec, payload) for payload in levels]))
         return groups
 
     async def _fetch(self, memory: Readable, skip: int, tokens: int) -> torch.Tensor:

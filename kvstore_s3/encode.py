@@ -35,6 +35,11 @@ class Encoding:
     """Of a scalable object: fewer where the values themselves are of a lower quality."""
 
     @property
+    def section_layers(self) -> int:
+        """Layers of a section."""
+        return self.calibration[1].layer_group if self.calibration else self.layer_group
+
+    @property
     def calibrated(self) -> bool | None:
         """Whether scalable objects are coded with a calibration; None for other profiles."""
         return self.calibration is not None if self.quality.object_profile == "scalable" else None
@@ -54,14 +59,10 @@ def encode_object(
     `first_token` is the position of the chunk's first token in its prompt.
     """
     kv = kv.detach().cpu()
-    bits = view_bits(kv if _rows_contiguous(kv) else kv.contiguous())
-    group = encoding.calibration[1].layer_group if encoding.calibration else encoding.layer_group
-    first = identity.shard.layer_begin
-    coded = []
-    for begin, end in layer_ranges(0, len(bits), group):
-        levels = _encode_levels(bits[begin:end], identity, encoding, first + begin, first_token)
-        coded.append(CodedGroup(begin, end, levels))
-    return assemble_object(identity, coded, encoding)
+    kv = kv if _rows_contiguous(kv) else kv.contiguous()
+    ranges = layer_ranges(0, len(kv), encoding.section_layers)
+    groups = [ValueGroup(begin, end, kv[begin:end]) for begin, end in ranges]
+    return complete_object(identity, CodedChunk(encoding, first_token, groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,43 @@ class CodedGroup:
     levels: Sequence[tuple[int, bytes]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueGroup:
+    """The same, to be coded: `values` [layers, 2, tokens, heads, dim] on the host, each token's rows dense."""
+
+    begin: int
+    end: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodedChunk:
+    """One chunk whose first token is at position `first_token`, its layers in order, some of them coded already."""
+
+    encoding: Encoding
+    first_token: int
+    groups: Sequence[CodedGroup | ValueGroup]
+
+
 def layer_ranges(begin: int, end: int, group: int) -> list[tuple[int, int]]:
     """Layers cut into groups of so many; the last may have fewer."""
     return [(first, min(first + group, end)) for first in range(begin, end, group)]
 
 
-def assemble_object(
-    identity: Identity, groups: Sequence[CodedGroup], encoding: Encoding
-) -> tuple[bytearray, SectionTable]:
+def complete_object(identity: Identity, chunk: CodedChunk) -> tuple[bytearray, SectionTable]:
+    """The object of a chunk: what is not coded yet is."""
+    groups = []
+    for group in chunk.groups:
+        if isinstance(group, ValueGroup):
+            begin, end, bits = group.begin, group.end, view_bits(group.values)
+            first = identity.shard.layer_begin + begin
+            levels = _encode_levels(bits, identity, chunk.encoding, first, chunk.first_token)
+            group = CodedGroup(begin, end, levels)
+        groups.append(group)
+    return _assemble(identity, groups, chunk.encoding)
+
+
+def _assemble(identity: Identity, groups: Sequence[CodedGroup], encoding: Encoding) -> tuple[bytearray, SectionTable]:
     """The object of one chunk whose layer groups have been coded."""
     levels: list[list[Payload]] = []
     first = identity.shard.layer_begin

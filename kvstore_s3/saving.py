@@ -16,9 +16,9 @@ from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import LEVELS
 from kvstore_s3.config import Settings
-from kvstore_s3.device_save import DeviceKV
-from kvstore_s3.encode import Encoding, assemble_object, encode_object
-from kvstore_s3.errors import StoreRefusedError
+from kvstore_s3.device_save import DeviceCoding, DeviceKV
+from kvstore_s3.encode import CodedChunk, Encoding, complete_object, encode_object
+from kvstore_s3.errors import InvalidArgumentError, StoreRefusedError
 from kvstore_s3.hits import Saved
 from kvstore_s3.inspection import object_key
 from kvstore_s3.layout import KVLayout, Shard
@@ -70,12 +70,15 @@ class Saver:
         self._encoders = ThreadPoolExecutor(cores, "kvstore-s3-encode")  # apart: a load does not wait for a save
         self._uploader = Uploader(settings.upload_concurrency, settings.upload_bytes, count, encoders=cores)
         self._described = self._told_misfit = False
-        exact = quality.object_profile not in {"scalable", "cachegen"}
-        self._coded_on_device = settings.layer_group if exact else None
 
-    async def take(self, kv: DeviceKV) -> None:
-        """Read whole chunks off their device; see `KVStore.take`."""
-        await kv.take_all(self._namespace.chunk_tokens, self._coded_on_device)
+    async def take(self, kv: DeviceKV, shard: Shard, *, first_token: int, prefix_quality: str) -> None:
+        """Read whole chunks of the rectangle `shard` off their device; see `KVStore.take`."""
+        scalable = self._quality.object_profile == "scalable"
+        coding = None
+        if self._calibrations.asked or not scalable:  # the store may be slow: it is not asked now
+            encoding = self._make_encoding(prefix_quality, shard, self._calibrations.last if scalable else None)
+            coding = self._device_coding(encoding, shard, first_token)
+        await kv.take_all(self._namespace.chunk_tokens, coding)
 
     async def save(
         self, chunks: Sequence[Identity], kv: torch.Tensor | DeviceKV, *, first_token: int, prefix_quality: str
@@ -116,7 +119,11 @@ class Saver:
 
     async def _choose_encoding(self, prefix_quality: str, shard: Shard) -> Encoding:
         scalable = self._quality.object_profile == "scalable"
-        calibration = await self._calibrations.current() if scalable else None
+        return self._make_encoding(prefix_quality, shard, await self._calibrations.current() if scalable else None)
+
+    def _make_encoding(
+        self, prefix_quality: str, shard: Shard, calibration: tuple[bytes, Calibration] | None
+    ) -> Encoding:
         if calibration is not None and not fits_shard(calibration[1], shard, self._namespace.layout):
             if not self._told_misfit:
                 self._told_misfit = True
@@ -125,6 +132,10 @@ class Saver:
         prefix = find_quality(prefix_quality)
         levels = prefix.levels if prefix.object_profile == "scalable" else LEVELS
         return Encoding(self._quality, self._layer_group, self._rotation, calibration, levels)
+
+    def _device_coding(self, encoding: Encoding, shard: Shard, first_token: int) -> DeviceCoding | None:
+        """How KV on a device, its first token at position `first_token`, is coded there; None: not at all."""
+        return None if self._quality.object_profile == "cachegen" else DeviceCoding(encoding, shard, first_token)
 
     def _upload_job(
         self,
@@ -144,9 +155,11 @@ class Saver:
 
         async def encode() -> tuple[bytearray, SectionTable]:
             if isinstance(kv, DeviceKV):
-                values = await kv.take(begin, tokens, self._coded_on_device)
-                if not isinstance(values, torch.Tensor):
-                    return await in_thread(self._encoders, assemble_object, identity, values, encoding)
+                coding = self._device_coding(encoding, identity.shard, first_token - begin)
+                values = await kv.take(begin, tokens, coding)
+                if isinstance(values, CodedChunk):
+                    _check_position(values, first_token)
+                    return await in_thread(self._encoders, complete_object, identity, values)
             else:
                 values = kv[:, :, begin : begin + tokens]
             return await in_thread(self._encoders, encode_object, identity, values, encoding, first_token)
@@ -185,6 +198,14 @@ class Saver:
             await self._objects.put(f"{name.hex}/namespace.json", name.to_json().encode("ascii"))
             self._described = True
         await self._shards.mark(shard)
+
+
+def _check_position(taken: CodedChunk, first_token: int) -> None:
+    if taken.first_token != first_token:
+        raise InvalidArgumentError(
+            f"a chunk was taken as of position {taken.first_token}, and is saved as of {first_token}; give both the "
+            "same first_token"
+        )
 
 
 def fits_shard(calibration: Calibration, shard: Shard, layout: KVLayout) -> bool:

@@ -264,12 +264,14 @@ class KVStore:
             kv = kv if encoder is None else DeviceKV.of(kv if kv.stride(4) == 1 else kv.contiguous(), encoder)
         return await self._saver.save(chunks, kv, first_token=first_token, prefix_quality=prefix_quality)
 
-    async def take(self, kv: DeviceKV) -> None:
-        """Read all of `kv` that `save_keys` will be given off its device: coded there, or as it is.
+    async def take(self, kv: DeviceKV, *, first_token: int = 0, prefix_quality: str = "lossless") -> None:
+        """Read all of `kv` that `save_keys` will be given, as it will be given it, off its device: coded, or as it is.
 
-        When it returns or raises, nothing reads the device's memory any more. Raises `DeviceError`.
+        The store is not asked for anything: lossy profiles are coded on the device once a save has found out which
+        calibration there is. When it returns or raises, nothing reads the device's memory any more. Raises
+        `DeviceError`.
         """
-        await self._saver.take(kv)
+        await self._saver.take(kv, self.shard, first_token=first_token, prefix_quality=prefix_quality)
 
     def encoder_for(self, device: Device | None) -> DeviceEncoder | None:
         """What encodes out of the memory of `device`; see `decoder_for`."""

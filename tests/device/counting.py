@@ -15,12 +15,19 @@ from kvstore_s3.layout import Shard
 
 
 class CountingLibrary(Library):
-    """Counts the streams of codec 1 that kernels decoded, the calls to encode and the heads these were given; fails
-    instead once it is told to.
+    """Counts the streams of codec 1 that kernels decoded, the calls to encode it and the heads these were given, and
+    the calls to encode codec 3; fails instead once it is told to.
     """
 
-    jobs = calls = heads = 0
+    jobs = calls = heads = lossy_calls = 0
     broken = False
+
+    def call(self, name: str, *arguments: object) -> None:
+        if name == "kvs_scalable_encode":
+            if self.broken:
+                raise DeviceError("kvs_scalable_encode failed with CUDA error 700")
+            self.lossy_calls += 1
+        super().call(name, *arguments)
 
     def lossless_decode(self, jobs: int, count: int, pages: Pages, faults: int, stream: int) -> None:
         if self.broken:

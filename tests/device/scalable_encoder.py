@@ -14,13 +14,13 @@ from device.emulated import Buffer, Device
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.calibration import SPANS, Calibration
 from kvstore_s3.codec.device.library import Pages
-from kvstore_s3.codec.device.scalable_encode import ScalableEncodeCalls, sum_up
-from kvstore_s3.codec.device.scalable_encode_jobs import EncodePlan, ScalableEncodePlanner, SectionInPages
+from kvstore_s3.codec.device.scalable_encode import ScalableEncodeCalls
+from kvstore_s3.codec.device.scalable_encode_jobs import ScalableEncodePlan, ScalableEncodePlanner, SectionInPages
 from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.codec.scalable import _base_header, _encode_stream, _maps_of
 from kvstore_s3.codec.stream_map import StreamMap
 from kvstore_s3.encode import view_bits
-from kvstore_s3.layout import DTYPES, KVLayout
+from kvstore_s3.layout import KVLayout
 
 LAYERS, HEADS, DIM, TOKENS = 2, 2, 12, 20
 ROPE = {"rope_type": "default", "rope_theta": 10000}
@@ -141,7 +141,7 @@ class Coder:
         self._kept.append(Put(self.device.put(np.ascontiguousarray(values))))
         return self._kept[-1]
 
-    def plan(self, case: Case, **options: Any) -> EncodePlan | None:
+    def plan(self, case: Case, **options: Any) -> ScalableEncodePlan | None:
         layers, _, tokens, heads, dim = case.values.shape
         place: dict[str, Any] = {"layers": (0, layers), "first_head": 0, "heads": heads, "head_dim": dim}
         place |= {"tokens": tokens, "token_begin": 0, "layer_begin": 0, "head": 0} | options
@@ -154,30 +154,28 @@ class Coder:
         assert plan is not None
         return self.run([plan], EnginePages(self.device, case.values, paging))[0]
 
-    def run(self, plans: Sequence[EncodePlan], pool: EnginePages) -> list[list[bytes]]:
+    def run(self, plans: Sequence[ScalableEncodePlan], pool: EnginePages) -> list[list[bytes]]:
         """The levels of each section, by one call; what lies behind a payload is untouched."""
         payloads = [self.device.put(bytes([CANARY]) * plan.payload_bytes) for plan in plans]
         scratch = [self.device.put(bytes([CANARY]) * plan.scratch_bytes) for plan in plans]
         places = zip(plans, payloads, scratch, strict=True)
-        jobs = np.concatenate([plan.place(one.address, two.address) for plan, one, two in places])
+        jobs = np.concatenate([self._place(plan, one.address, two.address) for plan, one, two in places])
         lengths = self.device.put(np.full((len(jobs), 3), 77, np.uint32))
         queue = self.device.put(jobs)
-        self.calls.encode(
-            queue.address,
-            sum_up(jobs, plans[0].tables, plans[0].section.head_dim),
-            pool.pages,
-            dtype_id=DTYPES[plans[0].section.dtype].id,
-            lengths=lengths.address,
-            stream=self.device.stream,
-        )
+        stream = self.device.stream
+        plans[0].work.launch(jobs, pool.pages, at=queue.address, lengths=lengths.address, stream=stream)
         found, rows = [], np.frombuffer(lengths.read(), np.uint32).reshape(-1, 3)
         for plan, payload in zip(plans, payloads, strict=True):
             own, rows = rows[: len(plan.jobs)], rows[len(plan.jobs) :]
             found.append(cut_levels(payload.read(), plan, own))
         return found
 
+    def _place(self, plan: ScalableEncodePlan, payload: int, scratch: int) -> np.ndarray:
+        header, *angles = (self._put(table).data_ptr() for table in (plan.header, *plan.angles))
+        return plan.place(payload, scratch, header, angles)
 
-def cut_levels(payload: bytes, plan: EncodePlan, lengths: np.ndarray) -> list[bytes]:
+
+def cut_levels(payload: bytes, plan: ScalableEncodePlan, lengths: np.ndarray) -> list[bytes]:
     sizes = (lengths.sum(axis=0) + 4 * len(lengths)).astype(int)
     sizes[0] += int(plan.jobs["header_bytes"][0])
     ends = np.cumsum(sizes[: plan.section.levels])

@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import logging
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from codec.calibrations import make_calibration
 from device.counting import CountingLibrary, opened
-from device.emulated import ON_DEVICE, Device
-from partitions import CHUNK, LAYOUT, TOKENS, WHOLE, draw_kv, part_of, same_bits
+from device.device_kv import MEMORY, PLACES, objects_in, of_blocks, of_tensor
+from device.emulated import Device
+from partitions import LAYOUT, TOKENS, WHOLE, draw_kv, part_of, same_bits
 
-from kvstore_s3 import KVLayout, Namespace
+from kvstore_s3 import KVLayout
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET as DECODER_BUDGET
 from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.codec.device.encoder import SMALLEST_BUDGET, DeviceEncoder
 from kvstore_s3.codec.device.library import Library
 from kvstore_s3.codec.device.sources import EncodeSection, RevokedError, Source
-from kvstore_s3.connectors.vllm.layouts import LAYOUTS, view_layers
 from kvstore_s3.device_load import TensorMemory
-from kvstore_s3.device_pages import BlocksCopy, PagedMemory
-from kvstore_s3.device_save import DeviceKV, LayersMemory
+from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import DeviceError, InvalidArgumentError, StoreUnavailableError
 from kvstore_s3.layout import Shard
-
-MEMORY = torch.device("cuda" if ON_DEVICE else "cpu")
-BLOCK_IDS = [7, 2, 11, 0, 18, 5, 3, 14, 9]
-"""Of eight tokens each."""
 
 
 @pytest.fixture
@@ -41,51 +35,6 @@ def library(device: Device) -> CountingLibrary:
 def encoder(library: CountingLibrary) -> Iterator[DeviceEncoder]:
     with DeviceEncoder(library, MEMORY, SMALLEST_BUDGET) as encoder:
         yield encoder
-
-
-def objects_in(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def of_tensor(kv: torch.Tensor, encoder: DeviceEncoder) -> DeviceKV:
-    return DeviceKV.of(kv.to(MEMORY), encoder)
-
-
-def of_layers(kv: torch.Tensor, encoder: DeviceEncoder) -> DeviceKV:
-    """As a model's cache has them: [heads, tokens, dim]."""
-    layers = [[half.transpose(0, 1).contiguous().to(MEMORY).transpose(0, 1) for half in layer] for layer in kv]
-    memory = LayersMemory(tuple((keys, values) for keys, values in layers))
-    assert memory.alike
-    return DeviceKV.of_layers(memory, encoder)
-
-
-def of_blocks(order: str, begin: int = 0) -> Callable[[torch.Tensor, DeviceEncoder], DeviceKV]:
-    """In an engine's blocks, from token `begin` of the first one on."""
-
-    def make(kv: torch.Tensor, encoder: DeviceEncoder) -> DeviceKV:
-        layers, _, tokens, heads, dim = kv.shape
-        storage = torch.zeros(layers * 19 * heads * 8 * 2 * dim, dtype=kv.dtype, device=MEMORY)
-        shape = {"layers": layers, "blocks": 19, "heads": heads, "block_tokens": 8, "head_dim": dim}
-        caches = view_layers(storage, order, **shape)
-        padded = torch.zeros(layers, 2, 8 * len(BLOCK_IDS), heads, dim, dtype=kv.dtype)
-        padded[:, :, begin : begin + tokens] = kv
-        BlocksCopy(padded, PagedMemory.of(caches, BLOCK_IDS), slice(0, 2)).queue()
-
-        def find(first: int, end: int) -> tuple[PagedMemory, int]:
-            first, end = begin + first, begin + end
-            return PagedMemory.of(caches, BLOCK_IDS[first // 8 : -(-end // 8)]), first % 8
-
-        return DeviceKV(encoder, find, kv.shape, kv.dtype, after=encoder.mark_current())
-
-    return make
-
-
-PLACES = {
-    "tensor": of_tensor,
-    "layers": of_layers,
-    **{f"blocks {order}": of_blocks(order) for order in LAYOUTS},
-    "chunks that begin within a block": of_blocks("LBNHC", 3),
-}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -128,24 +77,6 @@ async def test_what_kernels_do_not_encode_the_cpu_does(
             await store.save(TOKENS, values)
     assert objects_in(tmp_path / "device") == objects_in(tmp_path / "host")
     assert library.heads == 0
-
-
-@pytest.mark.parametrize("calibrated", [False, True])
-async def test_lossy_profiles_are_encoded_by_the_cpu(tmp_path: Path, encoder: DeviceEncoder, calibrated: bool) -> None:
-    kv = draw_kv()
-    namespace = Namespace(model="parted", revision="1", layout=LAYOUT, chunk_tokens=CHUNK)
-    calibration = make_calibration(
-        LAYOUT, "head", lambda seed: draw_kv(seed=seed), layer_group=2, namespace=namespace.digest
-    )
-    for name, values in (("host", kv), ("device", of_blocks("BLHNC", 5)(kv[:, :, :WHOLE], encoder))):
-        async with opened(tmp_path / name, profile="near-lossless") as store:
-            if calibrated:
-                await store.calibrations.publish(calibration.to_bytes())
-            await store.save(TOKENS, values)
-    names = [name for name in objects_in(tmp_path / "host") if "current" not in name]
-    assert {name: objects_in(tmp_path / "device")[name] for name in names} == {
-        name: objects_in(tmp_path / "host")[name] for name in names
-    }
 
 
 async def test_sections_that_coding_makes_no_shorter_are_stored_raw(tmp_path: Path, encoder: DeviceEncoder) -> None:
@@ -215,19 +146,18 @@ def test_more_than_a_slot_goes_in_several_batches(encoder: DeviceEncoder, librar
     memory = TensorMemory(kv.to(MEMORY))
     sections = [EncodeSection(layer, 1, 0, 240) for layer in range(8)]
     on_device = of_tensor(kv, encoder)
-    assert all(encoder.takes(memory, section) for section in sections)
-    batches = encoder.encode(on_device.source, memory, sections)
-    assert len(batches) > 2
-    payloads = [payload for batch in batches for payload in batch.result()]
-    assert len(payloads) == 8
-    assert all(payloads)
-    assert library.calls == len(batches)
+    coded = encoder.encode(on_device.source, memory, sections).result()
+    assert [levels and len(levels) for levels in coded] == [1] * 8
+    assert 2 < library.calls < 8
 
 
-def test_a_section_larger_than_a_slot_is_not_taken(encoder: DeviceEncoder) -> None:
-    memory = TensorMemory(torch.zeros(1, 2, 4096, 2, 64, dtype=torch.bfloat16, device=MEMORY))
-    assert encoder.takes(memory, EncodeSection(0, 1, 0, 64))
-    assert not encoder.takes(memory, EncodeSection(0, 1, 0, 4096))
+def test_a_section_larger_than_a_slot_is_for_the_cpu(encoder: DeviceEncoder, library: CountingLibrary) -> None:
+    values = torch.zeros(3, 2, 4096, 2, 64, dtype=torch.bfloat16, device=MEMORY)
+    sections = [EncodeSection(0, 1, 0, 64), EncodeSection(1, 1, 0, 4096), EncodeSection(2, 1, 64, 64)]
+    on_device = DeviceKV.of(values, encoder)
+    coded = encoder.encode(on_device.source, TensorMemory(values), sections).result()
+    assert [levels is None for levels in coded] == [False, True, False]
+    assert library.heads == 4
 
 
 def test_a_budget_that_holds_nothing_is_refused(device: Device) -> None:
@@ -244,6 +174,6 @@ def test_a_kernel_that_never_ran_is_not_taken_for_a_good_one(tmp_path: Path) -> 
     subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(built)], check=True)
     memory = TensorMemory(draw_kv().to(MEMORY))
     with DeviceEncoder(Library(built, emulated=True), MEMORY, SMALLEST_BUDGET) as encoder:
-        (batch,) = encoder.encode(Source(encoder.mark_current()), memory, [EncodeSection(0, 2, 0, 16)])
+        coded = encoder.encode(Source(encoder.mark_current()), memory, [EncodeSection(0, 2, 0, 16)])
         with pytest.raises(DeviceError, match="has not come to a head"):
-            batch.result()
+            coded.result()

@@ -7,11 +7,11 @@ reads it has ended, unless he takes it back: see `Source.revoke`.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
 
@@ -19,70 +19,33 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_s3.codec.device.batch import NOT_RUN
-from kvstore_s3.codec.device.library import LOSSLESS_ENCODE_JOB, Library, Pages
-from kvstore_s3.codec.device.pieces import Target, round_up
-from kvstore_s3.codec.device.sources import EncodeSection, Readable, Source
+from kvstore_s3.codec.device.encode_batch import CONTROL_BYTES, EncodeSlot, Levels, Room, encode_batch
+from kvstore_s3.codec.device.encode_plans import EncodePlan
+from kvstore_s3.codec.device.library import Library
+from kvstore_s3.codec.device.lossless_encode_jobs import plan_lossless
+from kvstore_s3.codec.device.scalable_encode import ScalableEncodeCalls
+from kvstore_s3.codec.device.scalable_encode_jobs import ScalableEncodePlanner, SectionInPages
+from kvstore_s3.codec.device.sources import EncodeSection, Lossy, Readable, Source
 from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
-from kvstore_s3.codec.lossless import MAX_HEAD_BYTES
 from kvstore_s3.errors import DeviceError, InvalidArgumentError, StoreUnavailableError
+
+log = logging.getLogger("kvstore_s3")
 
 T = TypeVar("T")
 
 SLOTS = 2
 """Batches under way at once: one is coded, and one is on its way to the host."""
-CONTROL_BYTES = 1 << 17
-"""Of each slot, for jobs, their lengths, planes and block tables: of 2,000 heads, say."""
 SMALLEST_BUDGET = SLOTS * 2 * CONTROL_BYTES
+CALIBRATION_BUDGETS = 4
+"""So many times the budget calibrations may take beside it: their matrices are put on the device once, if they fit."""
 
 _FAILURES = (RuntimeError, AssertionError, MemoryError)
 """What torch raises: AssertionError where it was built without CUDA."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """What a section takes of a slot's data: its payload, and as many scratches as it has heads."""
-
-    payload: int
-    scratch: int
-    heads: int
-
-    @property
-    def bytes(self) -> int:
-        return self.payload + self.heads * self.scratch
-
-
-class _Slot:
-    """Staging memory of one batch, from torch's allocator, and as much on the host for what comes back."""
-
-    def __init__(self, device: torch.device, data_bytes: int) -> None:
-        self.streams = open_streams(device)
-        pin = self.streams.pin
-        with self.streams.decoding():
-            self.control = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
-            self.memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
-            self.fetched = torch.empty(data_bytes, dtype=torch.uint8, pin_memory=pin)
-
-    @property
-    def address(self) -> int:
-        return self.memory.data_ptr()
-
-    def fetch(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes of the data, as (offset, length), once the stream has come here."""
-        views = []
-        at = 0
-        with self.streams.decoding():
-            for begin, length in ranges:
-                view = self.fetched[at : at + length]
-                view.copy_(self.memory[CONTROL_BYTES + begin : CONTROL_BYTES + begin + length], non_blocking=True)
-                views.append(view)
-                at += length
-        self.streams.mark_decoded().synchronize()
-        return [view.numpy().tobytes() for view in views]
-
-
 class DeviceEncoder:
-    """Encodes sections that lie on `device`, within `budget_bytes` of its memory. For several threads. To be closed.
+    """Encodes sections that lie on `device`, within `budget_bytes` of its memory, and `CALIBRATION_BUDGETS` times as
+    much for calibrations. For several threads. To be closed.
 
     `library` None: nothing is encoded here, but fetched. `device` may be the host, for the emulated library.
     Raises `InvalidArgumentError` for a budget below `SMALLEST_BUDGET`.
@@ -93,9 +56,10 @@ class DeviceEncoder:
             raise InvalidArgumentError(f"{budget_bytes} bytes are too few to encode in; give {SMALLEST_BUDGET}")
         self.device = device
         self._library = library
+        self._planner = self._make_planner(CALIBRATION_BUDGETS * budget_bytes)
         self._data_bytes = (budget_bytes // SLOTS - CONTROL_BYTES) // 16 * 16
         self._threads = ThreadPoolExecutor(SLOTS, "kvstore-s3-device-encode")
-        self._slots: SimpleQueue[_Slot | None] = SimpleQueue()
+        self._slots: SimpleQueue[EncodeSlot | None] = SimpleQueue()
         self._streams: Streams | None = None
         self._lock = threading.Lock()
         for _ in range(SLOTS):
@@ -119,26 +83,21 @@ class DeviceEncoder:
         except _FAILURES as error:
             raise _failed(error, "an event") from error
 
-    def takes(self, memory: Readable, section: EncodeSection) -> bool:
-        """Whether kernels encode such a section of `memory`."""
-        if self._library is None or memory.dtype != torch.bfloat16 or not self._library.has("kvs_lossless_encode"):
-            return False
-        heads, dim = memory.shape[3:]
-        if 4 * section.layers * dim * section.tokens >= MAX_HEAD_BYTES:
-            return False
-        needed = heads * (LOSSLESS_ENCODE_JOB.itemsize + 4) + memory.target().control_bytes + 64
-        return needed <= CONTROL_BYTES and self._room(section, heads, dim).bytes <= self._data_bytes
+    @property
+    def can_encode(self) -> bool:
+        """Whether kernels encode anything."""
+        return self._library is not None
 
     def encode(
         self, source: Source, memory: Readable, sections: Sequence[EncodeSection]
-    ) -> list[Future[list[bytes | None]]]:
-        """Payloads of codec 1 of `sections`, all of which it `takes`, in batches; None where raw is no longer.
+    ) -> Future[list[Levels | None]]:
+        """Payloads of `sections` of one chunk: of codec 1, or the levels of codec 3; None where the CPU is to code it.
 
-        The bytes are those of the CPU's encoder. When a future is done, nothing of its batch reads the memory any more;
-        it may raise `DeviceError`. Raises `StoreUnavailableError` once closed.
+        That is what kernels do not code, or what is stored otherwise for its size. The bytes are those of the CPU's
+        encoder, but that numbers which a matrix gives may round apart. When the future is done, nothing reads the
+        memory any more; it may raise `DeviceError`. Raises `StoreUnavailableError` once closed.
         """
-        target = memory.target()
-        return [self._submit(self._encode, source, memory, target, batch) for batch in self._cut(memory, sections)]
+        return self._submit(self._encode, source, memory, sections)
 
     def fetch(self, source: Source, memory: Readable, out: torch.Tensor) -> Future[None]:
         """Copy values to `out`, contiguous and of `memory`'s shape, on the host; see `encode`."""
@@ -172,80 +131,55 @@ class DeviceEncoder:
         except RuntimeError as error:
             raise StoreUnavailableError("the store was closed; open it again") from error
 
-    def _cut(self, memory: Readable, sections: Sequence[EncodeSection]) -> list[list[EncodeSection]]:
-        """Batches that fit into a slot, in order."""
-        heads, dim = memory.shape[3:]
-        most_jobs = (CONTROL_BYTES - 64 - memory.target().control_bytes) // (LOSSLESS_ENCODE_JOB.itemsize + 4)
-        batches: list[list[EncodeSection]] = []
-        data = jobs = 0
-        for section in sections:
-            size = self._room(section, heads, dim).bytes
-            if not batches or data + size > self._data_bytes or jobs + heads > most_jobs:
-                batches.append([])
-                data = jobs = 0
-            batches[-1].append(section)
-            data += size
-            jobs += heads
-        return batches
+    def _encode(self, source: Source, memory: Readable, sections: Sequence[EncodeSection]) -> list[Levels | None]:
+        """All of them, batch by batch, in a thread. `memory` owns what its target names."""
+        target = memory.target()
+        found: list[Levels | None] = [None] * len(sections)
+        for batch in Room.of(target, self._data_bytes).cut(self._plan_all(memory, sections)):
+            with self._slot() as slot:
+                coded = encode_batch(slot, source, target, [plan for _, plan in batch])
+            for (index, _), levels in zip(batch, coded, strict=True):
+                found[index] = levels
+        return found
 
-    def _room(self, section: EncodeSection, heads: int, dim: int) -> _Room:
-        assert self._library is not None
-        components = 2 * section.layers * dim
-        scratch = self._library.lossless_encode_scratch(components, section.tokens)
-        return _Room(round_up(heads * (8 + 2 * components * section.tokens)), round_up(scratch), heads)
+    def _plan_all(self, memory: Readable, sections: Sequence[EncodeSection]) -> Iterator[tuple[int, EncodePlan]]:
+        """Those for the device, by number. One after the other: each holds its calibration's matrices there."""
+        for index, section in enumerate(sections):
+            with _telling("a copy of what encoding needs"):
+                plan = self._plan(memory, section)
+            if plan is not None:
+                yield index, plan
 
-    def _encode(
-        self, source: Source, memory: Readable, target: Target, sections: Sequence[EncodeSection]
-    ) -> list[bytes | None]:
-        """One batch, in a thread. `memory` owns what `target` names."""
-        heads, dim = memory.shape[3:]
-        rooms = [self._room(section, heads, dim) for section in sections]
-        with self._slot() as slot:
-            begins = np.cumsum([0, *(room.bytes for room in rooms)]).tolist()
-            jobs = _make_jobs(sections, rooms, begins, slot.address + CONTROL_BYTES)
-            lengths = self._launch(slot, source, target, jobs)
-            sizes = (4 * heads + lengths.reshape(len(sections), heads).sum(axis=1)).tolist()
-            raw = [4 * section.layers * heads * dim * section.tokens for section in sections]
-            wanted = [index for index, size in enumerate(sizes) if size < raw[index]]
-            payloads: list[bytes | None] = [None] * len(sections)
-            for index, data in zip(wanted, slot.fetch([(begins[i], sizes[i]) for i in wanted]), strict=True):
-                payloads[index] = data
-        return payloads
+    def _plan(self, memory: Readable, section: EncodeSection) -> EncodePlan | None:
+        """None: nothing for the device."""
+        if self._library is None:
+            return None
+        layers = (section.layer_begin, section.layer_begin + section.layers)
+        tokens = (section.token_begin, section.token_begin + section.tokens)
+        dtype = str(memory.dtype).removeprefix("torch.")
+        if section.lossy is None:
+            return plan_lossless(self._library, memory.shape, dtype, layers=layers, tokens=tokens)
+        if self._planner is None:
+            return None
+        return self._planner.plan(_place_in_model(section, section.lossy, memory.shape, dtype))
 
-    def _launch(self, slot: _Slot, source: Source, target: Target, jobs: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
-        """Run the kernels on `jobs`; the length of each stream."""
-        assert self._library is not None
-        blocks = np.zeros(0, np.uint32) if target.blocks is None else target.blocks
-        places = []
-        at = 0
-        control = slot.control.numpy()
-        for array in (jobs, target.planes, blocks, np.full(len(jobs), NOT_RUN, np.uint32)):
-            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            control[at : at + len(data)] = data
-            places.append(at)
-            at = round_up(at + len(data))
-        form = target.form
-        pages = Pages(
-            slot.address + places[1],
-            slot.address + places[2] if form.block_tokens else 0,
-            form.block_tokens,
-            form.dim,
-            form.block_stride,
-            form.token_stride,
-            form.head_stride,
-        )
-        part = slice(places[3], places[3] + 4 * len(jobs))
-        with source.reading(slot.streams), slot.streams.decoding():
-            slot.memory[:at].copy_(slot.control[:at], non_blocking=True)
-            self._library.lossless_encode(
-                slot.address, len(jobs), pages, slot.address + places[3], slot.streams.decode_handle
-            )
-            slot.control[part].copy_(slot.memory[part], non_blocking=True)
-        slot.streams.mark_decoded().synchronize()
-        lengths = control[part].view(np.uint32).astype(np.int64)
-        if (lengths == NOT_RUN).any():
-            raise DeviceError("a kernel has not come to a head; the GPU or its driver failed")
-        return lengths
+    def _make_planner(self, calibration_bytes: int) -> ScalableEncodePlanner | None:
+        """None where the library does not encode codec 3."""
+        if self._library is None or not self._library.has("kvs_scalable_encode"):
+            return None
+        try:
+            return ScalableEncodePlanner(ScalableEncodeCalls(self._library), self._put, calibration_bytes)
+        except DeviceError as error:
+            log.warning("lossy values are coded by the CPU: %s", error)
+            return None
+
+    def _put(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        """A copy of an array on the device, there when this returns, for kernels of any stream."""
+        streams = self._open()
+        with streams.decoding():
+            put = torch.from_numpy(np.array(values)).to(self.device)
+        streams.mark_decoded().synchronize()
+        return put
 
     def _fetch(self, source: Source, memory: Readable, out: torch.Tensor) -> None:
         with self._slot() as slot:
@@ -257,14 +191,13 @@ class DeviceEncoder:
             slot.streams.mark_decoded().synchronize()
 
     @contextmanager
-    def _slot(self) -> Iterator[_Slot]:
+    def _slot(self) -> Iterator[EncodeSlot]:
         """One slot of those that are free. Nothing is under way in it when it is given back."""
         slots, slot = self._slots, self._slots.get()
         try:
-            slot = slot or _Slot(self.device, self._data_bytes)
-            yield slot
-        except _FAILURES as error:
-            raise _failed(error, "encoding") from error
+            with _telling("encoding"):
+                slot = slot or EncodeSlot(self.device, self._data_bytes)
+                yield slot
         finally:
             if slot is not None:
                 with suppress(*_FAILURES):
@@ -272,21 +205,30 @@ class DeviceEncoder:
             slots.put(slot)
 
 
-def _make_jobs(
-    sections: Sequence[EncodeSection], rooms: Sequence[_Room], begins: Sequence[int], data: int
-) -> npt.NDArray[np.void]:
-    """`LOSSLESS_ENCODE_JOB` for each head of each section; `data` is the address of the slot's data."""
-    heads = rooms[0].heads
-    jobs = np.zeros((len(sections), heads), LOSSLESS_ENCODE_JOB)
-    for row, section, room, begin in zip(jobs, sections, rooms, begins, strict=False):
-        row["payload"] = data + begin
-        scratch = np.uint64(data + begin + room.payload)
-        row["scratch"] = scratch + np.arange(heads, dtype=np.uint64) * np.uint64(room.scratch)
-        row["tokens"], row["token_begin"] = section.tokens, section.token_begin
-        row["layers"], row["layer_begin"] = section.layers, section.layer_begin
-    jobs["kinds"], jobs["heads"] = 2, heads
-    jobs["head"] = jobs["index"] = np.arange(heads)
-    return jobs.reshape(-1)
+def _place_in_model(section: EncodeSection, lossy: Lossy, shape: tuple[int, ...], dtype: str) -> SectionInPages:
+    return SectionInPages(
+        layers=(lossy.first_layer, lossy.first_layer + section.layers),
+        first_head=lossy.first_head,
+        heads=shape[3],
+        head_dim=shape[4],
+        tokens=section.tokens,
+        token_begin=section.token_begin,
+        layer_begin=section.layer_begin,
+        head=0,
+        first_position=lossy.first_position,
+        dtype=dtype,
+        levels=lossy.levels,
+        calibration=lossy.calibration,
+        rotation=lossy.rotation,
+    )
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
+        raise _failed(error, what) from error
 
 
 def _failed(error: Exception, what: str) -> DeviceError:

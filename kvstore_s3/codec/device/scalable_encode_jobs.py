@@ -5,42 +5,30 @@ What is nothing for a device is not planned: the CPU encodes it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Protocol
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore_s3.codec.calibration import SPANS, Calibration
+from kvstore_s3.codec.device.constants import Constants, Hold, Put
+from kvstore_s3.codec.device.encode_plans import EncodeJobs, Lengths
+from kvstore_s3.codec.device.library import Pages
+from kvstore_s3.codec.device.pieces import round_up
 from kvstore_s3.codec.device.scalable_encode import (
+    LEVELS,
     SCALABLE_ENCODE_JOB,
     ScalableEncodeCalls,
-    ScalableEncodeTotals,
     level_sizes,
     sum_up,
 )
-from kvstore_s3.codec.rotation import Rotation
+from kvstore_s3.codec.rotation import Floats, Rotation
 from kvstore_s3.codec.scalable import _base_header, find_group
 from kvstore_s3.codec.stream_map import StreamMap, calibrated_map, uncalibrated_map
-from kvstore_s3.codec.tables import TableSet, uncalibrated_tables
 from kvstore_s3.layout import DTYPES
 from kvstore_s3.quality import LOSSY_DTYPES
-
-_ANGLES = 64
-"""Tables of angles that are kept: one for each chunk of a prompt, which all of its sections share."""
-
-
-class OnDevice(Protocol):
-    """Bytes in the device's memory, there as long as this is: a tensor."""
-
-    def data_ptr(self) -> int: ...
-
-
-Put = Callable[[npt.NDArray[np.generic]], OnDevice]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,62 +58,61 @@ class SectionInPages:
         return (end - begin) * 2 * self.tokens * self.heads * self.head_dim * DTYPES[self.dtype].itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class ScalableEncodeWork:
+    """Jobs are `SCALABLE_ENCODE_JOB`, of one dtype, table set and dimension of heads."""
+
+    calls: ScalableEncodeCalls
+    dtype_id: int
+    tables: int
+    dim: int
+    lengths: int = LEVELS
+
+    def launch(self, jobs: EncodeJobs, pages: Pages, *, at: int, lengths: int, stream: int) -> None:
+        totals = sum_up(jobs, self.tables, self.dim)
+        self.calls.encode(at, totals, pages, dtype_id=self.dtype_id, lengths=lengths, stream=stream)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class EncodePlan:
-    """The jobs of one section, one for each stream. Their `payload` is 0 and their `scratch` counts from 0: `place`
-    says where both are. `held` is what they point to."""
+class ScalableEncodePlan:
+    """The jobs of one section, one for each stream."""
 
     section: SectionInPages
-    jobs: npt.NDArray[np.void]
-    tables: int
-    scratch_bytes: int
+    work: ScalableEncodeWork
+    jobs: EncodeJobs
+    header: npt.NDArray[np.uint8]
+    """What level 0 says before its table of lengths."""
+    angles: Sequence[Floats]
+    """Cosines and sines, float32 [tokens, pairs] each; none where K is not rotated."""
     payload_bytes: int
-    """The most that all levels may take together."""
+    scratch_bytes: int
     held: Sequence[object]
 
-    def place(self, payload: int, scratch: int) -> npt.NDArray[np.void]:
-        """The jobs with device addresses, both multiples of 16."""
+    def place(self, payload: int, scratch: int, header: int, angles: Sequence[int]) -> EncodeJobs:
         jobs = self.jobs.copy()
-        jobs["payload"] = payload
+        jobs["payload"], jobs["header"] = payload, header
         jobs["scratch"] += np.uint64(scratch)
+        if angles:
+            jobs["cosines"], jobs["sines"] = angles
         return jobs
 
-    def totals(self) -> ScalableEncodeTotals:
-        """For a call of this plan alone; of several plans: `sum_up` of their jobs."""
-        return sum_up(self.jobs, self.tables, self.section.head_dim)
-
-    def level_sizes(self, lengths: npt.NDArray[np.uint32]) -> Sequence[int] | None:
-        """Bytes of each level, which lie one behind the other, from the `lengths` [streams, 3] that the device gave.
-
-        None: exact coding may be shorter, and is to be chosen where it is (`encode_scalable`).
-        """
-        sizes = level_sizes(lengths, int(self.jobs["header_bytes"][0]), self.section.levels)
+    def level_sizes(self, lengths: Lengths) -> Sequence[int] | None:
+        """None: exact coding may be shorter, and is to be chosen where it is (`encode_scalable`)."""
+        sizes = level_sizes(lengths, len(self.header), self.section.levels)
         return sizes if sum(sizes) <= self.section.nbytes // 2 else None
-
-
-@dataclass(slots=True)
-class _Prepared:
-    """Tables, and what was needed so far of a calibration, on the device. `held` keeps it there."""
-
-    tables: int
-    held: list[OnDevice]
-    units: dict[tuple[int, int], tuple[int, int, int, int]] = field(default_factory=dict)
 
 
 class ScalableEncodePlanner:
     """Plans sections to encode. `put` copies an array to the device. For several threads.
 
-    Calibrations stay on the device for as long as somebody has them.
+    Up to `most_bytes` of calibrations stay on the device; see `Constants`.
     """
 
-    def __init__(self, calls: ScalableEncodeCalls, put: Put) -> None:
-        self._calls, self._put = calls, put
-        self._find_angles = lru_cache(_ANGLES)(self._put_angles)
-        self._calibrated: WeakKeyDictionary[Calibration, _Prepared] = WeakKeyDictionary()
-        self._uncalibrated: _Prepared | None = None
-        self._lock = threading.Lock()
+    def __init__(self, calls: ScalableEncodeCalls, put: Put, most_bytes: int | None = None) -> None:
+        self._calls = calls
+        self._constants = Constants(put, most_bytes)
 
-    def plan(self, section: SectionInPages) -> EncodePlan | None:
+    def plan(self, section: SectionInPages) -> ScalableEncodePlan | None:
         """The jobs of a section; None: the CPU is to encode it, or to refuse it."""
         if section.dtype not in LOSSY_DTYPES or not 0 <= section.first_position < 2**32:
             return None
@@ -137,36 +124,20 @@ class ScalableEncodePlanner:
         _describe(section, jobs, one)
         header = np.frombuffer(_base_header(section.first_position, calibration, one, section.levels), np.uint8)
         jobs["header_bytes"] = len(header)
-        with self._lock:
-            prepared = self._prepare(calibration)
-            if calibration is not None:
-                self._add_units(jobs, calibration, section, prepared)
+        if calibration is not None:
+            _describe_units(section, jobs, calibration)
         sizes = self._measure(section, jobs)
         if sizes is None:
             return None
-        held = [prepared, self._put_header(jobs, header), *self._add_rotation(section, jobs, one.rotation)]
-        return EncodePlan(section, jobs, prepared.tables, sizes[0], sizes[1] + len(header), held)
+        tables = self._constants.find_tables(calibration, self._calls.pack_tables)
+        work = ScalableEncodeWork(self._calls, DTYPES[section.dtype].id, tables.value, section.head_dim)
+        held = [tables, *self._add_rotation(section, jobs, one.rotation)]
+        if calibration is not None:
+            held += self._add_units(section, jobs, calibration)
+        angles = one.rotation.tables(section.first_position, section.tokens) if jobs["pairs"][0] else ()
+        return ScalableEncodePlan(section, work, jobs, header, angles, sizes[1] + len(header), sizes[0], held)
 
-    def _add_units(
-        self, jobs: npt.NDArray[np.void], calibration: Calibration, section: SectionInPages, prepared: _Prepared
-    ) -> None:
-        jobs["calibrated"], jobs["span"] = 1, SPANS.index(calibration.span)
-        group = section.layers[0] // calibration.layer_group
-        for job in jobs:
-            place = (group, 0 if calibration.span == "all" else section.first_head + int(job["index"]))
-            unit = calibration.units[place]
-            if place not in prepared.units:
-                prepared.units[place] = (
-                    self._hold(prepared, calibration.unit_mean(*place)),
-                    self._hold(prepared, unit.classes),
-                    0 if unit.analysis is None else self._hold(prepared, unit.analysis),
-                    self._hold(prepared, unit.analysis_scale),
-                )
-            job["mean"], job["classes"], job["matrix"], job["scale"] = prepared.units[place]
-            job["components"] = len(unit.classes)
-            job["matrix_bytes"] = 0 if unit.analysis is None else unit.analysis.itemsize
-
-    def _measure(self, section: SectionInPages, jobs: npt.NDArray[np.void]) -> tuple[int, int] | None:
+    def _measure(self, section: SectionInPages, jobs: EncodeJobs) -> tuple[int, int] | None:
         """Bytes of scratch and payload; gives the jobs their places in the scratch."""
         scratch = payload = 0
         for index in range(len(jobs)):
@@ -174,49 +145,31 @@ class ScalableEncodePlanner:
             if not of_job[0]:
                 return None
             jobs["scratch"][index] = scratch
-            scratch, payload = scratch + of_job[0], payload + of_job[1]
+            scratch, payload = scratch + round_up(of_job[0]), payload + of_job[1]
         return scratch, payload
 
-    def _put_header(self, jobs: npt.NDArray[np.void], header: npt.NDArray[np.uint8]) -> OnDevice:
-        put = self._put(header)
-        jobs["header"] = put.data_ptr()
-        return put
-
-    def _add_rotation(
-        self, section: SectionInPages, jobs: npt.NDArray[np.void], rotation: Rotation
-    ) -> Sequence[OnDevice]:
-        frequencies = rotation.inverse_frequencies
-        if not len(frequencies):
+    def _add_rotation(self, section: SectionInPages, jobs: EncodeJobs, rotation: Rotation) -> Sequence[object]:
+        if not len(rotation.inverse_frequencies):
             return ()
-        angles = self._find_angles(frequencies.tobytes(), section.first_position, section.tokens)
-        put = (*angles, self._put(np.ascontiguousarray(rotation.rotated)))
-        for name, one in zip(("cosines", "sines", "rotated"), put, strict=True):
-            jobs[name] = one.data_ptr()
-        return put
+        flags = np.ascontiguousarray(rotation.rotated)
+        key = ("rotated", flags.tobytes())
+        rotated = self._constants.find(section.calibration, key, lambda hold: hold(flags))
+        jobs["rotated"] = rotated.value
+        return (rotated,)
 
-    def _put_angles(self, frequencies: bytes, position: int, tokens: int) -> tuple[OnDevice, ...]:
-        """Cosines and sines, float32 [tokens, pairs] each."""
-        rotation = Rotation("halves", np.frombuffer(frequencies, np.float32), np.zeros(0, np.uint8))
-        return tuple(self._put(table) for table in rotation.tables(position, tokens))
+    def _add_units(self, section: SectionInPages, jobs: EncodeJobs, calibration: Calibration) -> Sequence[object]:
+        held = []
+        for job, place in zip(jobs, _places_of(section, calibration), strict=True):
+            unit = self._constants.find(calibration, ("unit", place), partial(_put_unit, calibration, place))
+            job["mean"], job["classes"], job["matrix"], job["scale"] = unit.value
+            held.append(unit)
+        return held
 
-    def _prepare(self, calibration: Calibration | None) -> _Prepared:
-        if calibration is None:
-            self._uncalibrated = self._uncalibrated or self._put_tables(uncalibrated_tables())
-            return self._uncalibrated
-        if calibration not in self._calibrated:
-            self._calibrated[calibration] = self._put_tables(calibration.tables)
-        return self._calibrated[calibration]
 
-    def _put_tables(self, tables: TableSet) -> _Prepared:
-        prepared = _Prepared(0, [])
-        prepared.tables = self._hold(prepared, self._calls.pack_tables(tables))
-        return prepared
-
-    def _hold(self, prepared: _Prepared, values: npt.NDArray[np.generic]) -> int:
-        """Put an array on the device for as long as `prepared` is there; its address."""
-        put = self._put(values)
-        prepared.held.append(put)
-        return put.data_ptr()
+def _put_unit(calibration: Calibration, place: tuple[int, int], hold: Hold) -> tuple[int, int, int, int]:
+    unit = calibration.units[place]
+    matrix = 0 if unit.analysis is None else hold(unit.analysis)
+    return hold(calibration.unit_mean(*place)), hold(unit.classes), matrix, hold(unit.analysis_scale)
 
 
 def _find_map(section: SectionInPages) -> StreamMap | None:
@@ -230,7 +183,7 @@ def _find_map(section: SectionInPages) -> StreamMap | None:
     return None if group is None else calibrated_map(calibration, group, section.first_head, 0)
 
 
-def _describe(section: SectionInPages, jobs: npt.NDArray[np.void], one: StreamMap) -> None:
+def _describe(section: SectionInPages, jobs: EncodeJobs, one: StreamMap) -> None:
     """All that lies not in the device's memory."""
     layers, count = section.layers[1] - section.layers[0], len(jobs)
     jobs["tokens"], jobs["token_begin"], jobs["layer_begin"] = section.tokens, section.token_begin, section.layer_begin
@@ -241,3 +194,19 @@ def _describe(section: SectionInPages, jobs: npt.NDArray[np.void], one: StreamMa
     jobs["layers"], jobs["levels"] = layers, section.levels
     jobs["style"], jobs["pairs"] = one.rotation.style_id, len(one.rotation.inverse_frequencies)
     jobs["first_is_exact"] = section.first_position == 0
+
+
+def _places_of(section: SectionInPages, calibration: Calibration) -> Sequence[tuple[int, int]]:
+    """The unit of each stream."""
+    group = section.layers[0] // calibration.layer_group
+    if calibration.span == "all":
+        return [(group, 0)]
+    return [(group, section.first_head + head) for head in range(section.heads)]
+
+
+def _describe_units(section: SectionInPages, jobs: EncodeJobs, calibration: Calibration) -> None:
+    jobs["calibrated"], jobs["span"] = 1, SPANS.index(calibration.span)
+    for job, place in zip(jobs, _places_of(section, calibration), strict=True):
+        unit = calibration.units[place]
+        job["components"] = len(unit.classes)
+        job["matrix_bytes"] = 0 if unit.analysis is None else unit.analysis.itemsize

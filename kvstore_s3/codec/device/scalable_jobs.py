@@ -6,17 +6,15 @@ What is damaged, or nothing for a device, is not planned: the CPU decodes it, or
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from kvstore_s3.codec.calibration import SPANS, Calibration
+from kvstore_s3.codec.device.constants import Constants, Hold, Put
 from kvstore_s3.codec.device.library import Library, Pages
 from kvstore_s3.codec.device.pieces import Jobs, Piece, Places, Run, Scratch, address_of, place_in
 from kvstore_s3.codec.device.scalable_calls import (
@@ -27,7 +25,7 @@ from kvstore_s3.codec.device.scalable_calls import (
 )
 from kvstore_s3.codec.rotation import STYLES, Rotation
 from kvstore_s3.codec.scalable import find_group
-from kvstore_s3.codec.tables import TableSet, uncalibrated_tables
+from kvstore_s3.codec.tables import uncalibrated_tables
 from kvstore_s3.layout import DTYPES
 
 _ANGLES = 64
@@ -87,17 +85,6 @@ class ScalableWork:
         )
 
 
-@dataclass(slots=True)
-class _Prepared:
-    """Tables, and what was needed so far of a calibration, on the device. `held` keeps it there."""
-
-    first: tuple[int, int, int]
-    tables: int
-    held: list[object]
-    units: dict[tuple[int, int], ScalableUnit] = field(default_factory=dict)
-    rotated: dict[int, int] = field(default_factory=dict)
-
-
 class ScalablePlanner:
     """Plans sections of codec 3. `put` copies an array to the device, `pin` to where it can be copied from at once.
     For several threads.
@@ -108,15 +95,12 @@ class ScalablePlanner:
     def __init__(
         self,
         calls: ScalableCalls,
-        put: Callable[[npt.NDArray[np.generic]], torch.Tensor],
+        put: Put,
         pin: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]],
     ) -> None:
         self._calls = calls
-        self._put = put
+        self._constants = Constants(put)
         self._find_angles = lru_cache(_ANGLES)(partial(_pin_angles, pin))
-        self._calibrated: WeakKeyDictionary[Calibration, _Prepared] = WeakKeyDictionary()
-        self._uncalibrated: _Prepared | None = None
-        self._lock = threading.Lock()
 
     def plan(self, given: CodedSection) -> Piece | None:
         """The jobs of a section, one for each stream; None: the CPU is to decode it, or to refuse it."""
@@ -156,20 +140,16 @@ class ScalablePlanner:
             layers=end - begin,
             item_bytes=DTYPES[given.dtype].itemsize,
         )
-        with self._lock:
-            prepared = self._prepare(given.calibration)
-            section.tables = prepared.tables
-            section.first[:] = prepared.first
-            if given.calibration is not None:
-                return self._add_units(section, given, given.calibration, prepared, held)
-        return section
+        calibration = given.calibration
+        section.tables = self._constants.find_tables(calibration, self._calls.pack_tables).value
+        section.first[:] = (uncalibrated_tables() if calibration is None else calibration.tables).first
+        return section if calibration is None else self._add_units(section, given, calibration, held)
 
     def _add_units(
         self,
         section: ScalableSection,
         given: CodedSection,
         calibration: Calibration,
-        prepared: _Prepared,
         held: list[object],
     ) -> ScalableSection | None:
         begin, end = given.layers
@@ -178,14 +158,13 @@ class ScalablePlanner:
             return None
         count = 1 if calibration.span == "all" else given.section_heads
         heads = range(given.first_head, given.first_head + count)
-        units = (ScalableUnit * count)(*(self._unit(calibration, group, head, prepared) for head in heads))
+        units = (ScalableUnit * count)(*(self._unit(calibration, group, head) for head in heads))
         section.units = ctypes.addressof(units)
         held.append(units)
         section.span = SPANS.index(calibration.span)
         section.style = calibration.rotation.style_id
-        if group not in prepared.rotated:
-            prepared.rotated[group] = self._hold(prepared, calibration.rotation.select(begin, end))
-        section.rotated = prepared.rotated[group]
+        rotated = calibration.rotation.select(begin, end)
+        section.rotated = self._constants.find(calibration, ("rotated", group), lambda hold: hold(rotated)).value
         return section
 
     def _add_angles(self, section: ScalableSection, given: CodedSection, runs: list[Run]) -> bool:
@@ -206,42 +185,23 @@ class ScalablePlanner:
                 runs.append(Run(address_of(table), table.nbytes, table))
         return True
 
-    def _prepare(self, calibration: Calibration | None) -> _Prepared:
-        if calibration is None:
-            self._uncalibrated = self._uncalibrated or self._put_tables(uncalibrated_tables())
-            return self._uncalibrated
-        if calibration not in self._calibrated:
-            self._calibrated[calibration] = self._put_tables(calibration.tables)
-        return self._calibrated[calibration]
-
-    def _put_tables(self, tables: TableSet) -> _Prepared:
-        prepared = _Prepared(tables.first, 0, [])
-        prepared.tables = self._hold(prepared, self._calls.pack_tables(tables))
-        return prepared
-
-    def _unit(self, calibration: Calibration, group: int, head: int, prepared: _Prepared) -> ScalableUnit:
+    def _unit(self, calibration: Calibration, group: int, head: int) -> ScalableUnit:
         place = (group, 0 if calibration.span == "all" else head)
-        if place not in prepared.units:
-            unit = calibration.units[place]
-            matrix = unit.synthesis
-            prepared.held.append(unit.classes)
-            prepared.units[place] = ScalableUnit(
+        unit = calibration.units[place]
+
+        def make(hold: Hold) -> ScalableUnit:
+            return ScalableUnit(
                 host_classes=address_of(unit.classes),
-                classes=self._hold(prepared, unit.classes),
-                mean=self._hold(prepared, calibration.unit_mean(*place)),
-                scale=self._hold(prepared, unit.synthesis_scale),
-                matrix=0 if matrix is None else self._hold(prepared, matrix),
+                classes=hold(unit.classes),
+                mean=hold(calibration.unit_mean(*place)),
+                scale=hold(unit.synthesis_scale),
+                matrix=0 if unit.synthesis is None else hold(unit.synthesis),
                 components=len(unit.classes),
-                matrix_bytes=0 if matrix is None else matrix.itemsize,
+                matrix_bytes=0 if unit.synthesis is None else unit.synthesis.itemsize,
                 largest_scale=float(np.abs(unit.synthesis_scale).max()),
             )
-        return prepared.units[place]
 
-    def _hold(self, prepared: _Prepared, values: npt.NDArray[np.generic]) -> int:
-        """Put an array on the device for as long as `prepared` is there; its address."""
-        tensor = self._put(values)
-        prepared.held.append(tensor)
-        return tensor.data_ptr()
+        return self._constants.find(calibration, ("unit", place), make).value
 
 
 def _pin_angles(

@@ -10,8 +10,10 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.device.pieces import Target
 from kvstore_s3.codec.device.streams import Mark, Streams
+from kvstore_s3.codec.rotation import Rotation
 from kvstore_s3.errors import DeviceError
 
 
@@ -66,11 +68,26 @@ class Source:
             return self._ends
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Lossy:
+    """What codec 3 knows of a section beside its values: where in the model its first layer and head are, where in its
+    prompt its first token, and how K was rotated there. See `encode_scalable`.
+    """
+
+    first_layer: int
+    first_head: int
+    first_position: int
+    levels: int
+    calibration: Calibration | None
+    rotation: Rotation
+
+
 @dataclass(frozen=True, slots=True)
 class EncodeSection:
-    """A range of layers and tokens of some memory, all of its heads: one payload."""
+    """A range of layers and tokens of some memory, all of its heads: a payload of codec 1, or of codec 3's levels."""
 
     layer_begin: int
     layers: int
     token_begin: int
     tokens: int
+    lossy: Lossy | None = None

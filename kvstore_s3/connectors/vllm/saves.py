@@ -126,7 +126,7 @@ class Saver:
         try:
             if not self._health.available:
                 kv.source.revoke()  # its blocks go to others now: not to be read even if the store is back
-            await self._kv.take(kv)
+            await self._kv.take(kv, first_token=order.tokens.begin, prefix_quality=order.quality)
         finally:
             self._on_read(order)
 
