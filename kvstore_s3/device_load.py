@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
@@ -16,6 +16,7 @@ from kvstore_s3.codec.device.jobs import LosslessSection, plan_pieces
 from kvstore_s3.codec.device.pieces import Piece, Target, find_target
 from kvstore_s3.codec.device.requests import Copy, Deed, OnQueued
 from kvstore_s3.codec.device.scalable_jobs import CodedSection
+from kvstore_s3.codec.device.sources import Memory
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.codec.scalable import SCALABLE
 from kvstore_s3.encode import view_bits
@@ -33,20 +34,8 @@ Device: TypeAlias = torch.device | str | DeviceDecoder
 """A device's name, or the caller's own decoder for one."""
 
 
-class DeviceMemory(Protocol):
-    """Memory for values [layers, 2, tokens, heads, dim] on a device: a tensor, or an engine's blocks."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __getitem__(self, index: Any) -> Self:
-        """A rectangle of it."""
-
-    def target(self) -> Target:
-        """For kernels."""
+class DeviceMemory(Memory, Protocol):
+    """Memory that is loaded to."""
 
     def copy_from(self, values: torch.Tensor, layer_begin: int, halves: slice) -> Deed:
         """The deed that writes `values` [some layers, K or V or both, tokens, heads, dim] from `layer_begin` on."""

@@ -75,26 +75,23 @@ class Room:
     def of(cls, target: Target, data_bytes: int) -> Room:
         return cls(CONTROL_BYTES - target.control_bytes - _ROUNDING, data_bytes)
 
+    def fits(self, plan: EncodePlan) -> bool:
+        """Whether a slot holds it alone."""
+        return _control_bytes(plan) <= self.control and _angle_bytes(plan) + _data_bytes(plan) <= self.data
+
     def cut(self, plans: Iterable[tuple[int, EncodePlan]]) -> Iterator[list[tuple[int, EncodePlan]]]:
-        """Batches of numbered plans, in order. A plan that fits into no slot is in none."""
+        """Batches of numbered plans, in order, all of which fit."""
         batch: list[tuple[int, EncodePlan]] = []
         control = data = 0
         for number, plan in plans:
-            control_bytes, data_bytes = _control_bytes(plan), _data_bytes(plan)
-            angles = sum(round_up(table.nbytes) for table in plan.angles)
-            if control_bytes > self.control or data_bytes + angles > self.data:
-                continue
-            if not batch or (
-                not _are_alike(batch[0][1], plan)
-                or control + control_bytes > self.control
-                or data + data_bytes > self.data
-            ):
-                if batch:
-                    yield batch
-                batch, control, data = [], 0, angles
+            control += _control_bytes(plan)
+            data += _data_bytes(plan)
+            if batch and (control > self.control or data > self.data or not _are_alike(batch[0][1], plan)):
+                yield batch
+                batch = []
+            if not batch:
+                control, data = _control_bytes(plan), _angle_bytes(plan) + _data_bytes(plan)
             batch.append((number, plan))
-            control += control_bytes
-            data += data_bytes
         if batch:
             yield batch
 
@@ -200,6 +197,10 @@ def _control_bytes(plan: EncodePlan) -> int:
 
 def _data_bytes(plan: EncodePlan) -> int:
     return round_up(plan.payload_bytes) + round_up(plan.scratch_bytes)
+
+
+def _angle_bytes(plan: EncodePlan) -> int:
+    return sum(round_up(table.nbytes) for table in plan.angles)
 
 
 def _split(payload: bytes, sizes: Sequence[int]) -> Levels:

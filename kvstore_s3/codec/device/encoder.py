@@ -61,6 +61,7 @@ class DeviceEncoder:
         self._threads = ThreadPoolExecutor(SLOTS, "kvstore-s3-device-encode")
         self._slots: SimpleQueue[EncodeSlot | None] = SimpleQueue()
         self._streams: Streams | None = None
+        self._told_large = False
         self._lock = threading.Lock()
         for _ in range(SLOTS):
             self._slots.put(None)  # a place for one that was not needed yet
@@ -135,20 +136,26 @@ class DeviceEncoder:
         """All of them, batch by batch, in a thread. `memory` owns what its target names."""
         target = memory.target()
         found: list[Levels | None] = [None] * len(sections)
-        for batch in Room.of(target, self._data_bytes).cut(self._plan_all(memory, sections)):
+        room = Room.of(target, self._data_bytes)
+        for batch in room.cut(self._plan_all(memory, sections, room)):
             with self._slot() as slot:
                 coded = encode_batch(slot, source, target, [plan for _, plan in batch])
             for (index, _), levels in zip(batch, coded, strict=True):
                 found[index] = levels
         return found
 
-    def _plan_all(self, memory: Readable, sections: Sequence[EncodeSection]) -> Iterator[tuple[int, EncodePlan]]:
+    def _plan_all(
+        self, memory: Readable, sections: Sequence[EncodeSection], room: Room
+    ) -> Iterator[tuple[int, EncodePlan]]:
         """Those for the device, by number. One after the other: each holds its calibration's matrices there."""
         for index, section in enumerate(sections):
             with _telling("a copy of what encoding needs"):
                 plan = self._plan(memory, section)
-            if plan is not None:
+            if plan is not None and room.fits(plan):
                 yield index, plan
+            elif plan is not None and not self._told_large:
+                self._told_large = True
+                log.warning("some KV is coded by the CPU: its layer groups need more than half of the encoder's memory")
 
     def _plan(self, memory: Readable, section: EncodeSection) -> EncodePlan | None:
         """None: nothing for the device."""

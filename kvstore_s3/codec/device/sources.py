@@ -21,8 +21,8 @@ class RevokedError(DeviceError):
     """Memory that was to be read was taken back by its owner before."""
 
 
-class Readable(Protocol):
-    """Memory [layers, 2, tokens, heads, dim] on a device: a tensor, or an engine's blocks."""
+class Memory(Protocol):
+    """Values [layers, 2, tokens, heads, dim] on a device: a tensor, or an engine's blocks."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,10 +31,14 @@ class Readable(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def __getitem__(self, index: Any) -> Self:
-        """Some of the layers: `memory[begin:end,]`."""
+        """A rectangle of it, or some of the layers: `memory[begin:end,]`."""
 
     def target(self) -> Target:
         """For kernels."""
+
+
+class Readable(Memory, Protocol):
+    """Memory that is saved."""
 
     def gather(self, out: torch.Tensor) -> None:
         """Queue the copy into `out` [layers, 2, tokens, heads, dim], contiguous, on the same device."""
