@@ -33,10 +33,12 @@ LARGEST, SMALLEST = 2.0**7, 2.0**-3
 
 @dataclass(frozen=True, slots=True)
 class LossySections:
-    """Different sections of layers 0 to `group` and their payloads, level by level."""
+    """Different sections of layers 0 to `group`: values, and payloads level by level."""
 
     model: Model
+    rotation: Rotation
     calibration: Calibration | None
+    values: Sequence[Bits]
     payloads: Sequence[Sequence[bytes]]
 
     @property
@@ -46,20 +48,39 @@ class LossySections:
         sizes = np.cumsum([[len(level) for level in section] for section in self.payloads], axis=1)
         return [float(bits) for bits in 8 * sizes.sum(axis=0) / values]
 
-    def decode_on_host(self, which: int, levels: int) -> Bits:
-        out = np.empty(self.model.section_shape, np.uint16)
-        payloads = [(3, memoryview(payload)) for payload in self.payloads[which][:levels]]
-        decode_scalable(
-            payloads,
-            out,
-            "bfloat16",
-            layer_begin=0,
-            head_begin=0,
-            section_heads=self.model.heads,
-            first_position=FIRST_POSITION,
-            calibration=self.calibration,
-        )
-        return out
+    def encode_on_host(self, which: int, levels: int) -> list[bytes]:
+        """Payloads of an object of so many levels."""
+        return encode_on_host(self.values[which], self.calibration, self.rotation, levels)
+
+
+def encode_on_host(values: Bits, calibration: Calibration | None, rotation: Rotation, levels: int = 3) -> list[bytes]:
+    coded = encode_scalable(
+        values,
+        "bfloat16",
+        layer_begin=0,
+        first_position=FIRST_POSITION,
+        calibration=calibration,
+        rotation=rotation,
+        levels=levels,
+    )
+    assert all(codec == 3 for codec, _ in coded), "these values should be coded with loss"
+    return [payload for _, payload in coded]
+
+
+def decode_on_host(sections: LossySections, payloads: Sequence[bytes]) -> np.ndarray:
+    """Values, as floats, from their first levels."""
+    out = np.empty(sections.model.section_shape, np.uint16)
+    decode_scalable(
+        [(3, memoryview(payload)) for payload in payloads],
+        out,
+        "bfloat16",
+        layer_begin=0,
+        head_begin=0,
+        section_heads=sections.model.heads,
+        first_position=FIRST_POSITION,
+        calibration=sections.calibration,
+    )
+    return _floats(out)
 
 
 def draw_lossy(model: Model, count: int, *, calibrated: bool) -> LossySections:
@@ -70,22 +91,13 @@ def draw_lossy(model: Model, count: int, *, calibrated: bool) -> LossySections:
     basis = draw_basis(components, rng)
     deviations = np.geomspace(LARGEST, SMALLEST, components).astype(np.float32)
     calibration = make_up(model, rotation, basis, deviations, rng) if calibrated else None
-    payloads = []
+    drawn = []
     for _ in range(count):
         y = rng.standard_normal((model.heads, model.tokens, components), np.float32) * deviations
         x = (y @ basis).reshape(model.heads, model.tokens, model.group, 2, model.dim).transpose(2, 3, 1, 0, 4)
-        values = (rotate(x, rotation).view(np.uint32) >> 16).astype(np.uint16)
-        coded = encode_scalable(
-            values,
-            "bfloat16",
-            layer_begin=0,
-            first_position=FIRST_POSITION,
-            calibration=calibration,
-            rotation=rotation,
-        )
-        assert all(codec == 3 for codec, _ in coded), "these values should be coded with loss"
-        payloads.append([payload for _, payload in coded])
-    return LossySections(model, calibration, payloads)
+        drawn.append((rotate(x, rotation).view(np.uint32) >> 16).astype(np.uint16))
+    payloads = [encode_on_host(values, calibration, rotation) for values in drawn]
+    return LossySections(model, rotation, calibration, drawn, payloads)
 
 
 def draw_basis(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -149,7 +161,7 @@ class LossyDecoding:
         staged, addresses = stage(flat, device)
         self._kept.append(staged)
         self._addresses = np.array(addresses).reshape(len(sections.payloads), -1)
-        rotation = self._rotation()
+        rotation = sections.rotation
         cosines, sines = rotation.tables(FIRST_POSITION, self._model.tokens)
         self._angles = self._put(cosines), self._put(sines), cosines.shape[1]
         self._rotated = self._put(np.ascontiguousarray(rotation.select(0, self._model.group)))
@@ -190,19 +202,9 @@ class LossyDecoding:
         """Every stream decoded, and the first section is the CPU's within a step of bf16. Raises `AssertionError`."""
         assert not self.faults.any(), f"{int((self.faults != 0).sum())} streams did not decode"
         found = _floats(self._cache.read(self._model, 0, 0))
-        expected = _floats(self._sections.decode_on_host(0, self._levels))
+        expected = decode_on_host(self._sections, self._sections.payloads[0][: self._levels])
         distance = np.abs(found - expected).max() / np.abs(expected).max()
         assert distance < 2**-8, f"chunk 0 is {distance} of the largest value away from the CPU's"
-
-    def _rotation(self) -> Rotation:
-        layout = KVLayout(
-            self._model.group,
-            self._model.heads,
-            self._model.dim,
-            "bfloat16",
-            rope={"rope_type": "default", "rope_theta": 5e5},
-        )
-        return Rotation.from_layout(layout)
 
     def _put(self, data: np.ndarray) -> int:
         tensor = torch.from_numpy(np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8).copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from gpu_bench import Bench, Budget, measure
 from gpu_cases import TINY, LosslessDecoding, PagedCache, Sections
+from gpu_encoding import LosslessEncoding
+from gpu_scalable import draw_lossy
+from gpu_scalable_encoding import LossyEncoding
 
 from kvstore_s3.codec.device.library import Library
 
 pytestmark = pytest.mark.skipif(ON_DEVICE, reason="KVSTORE_S3_CUDA=1: this is about the emulation")
 HOST = torch.device("cpu")
+VERBS = ("decode", "encode")
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +39,7 @@ def test_every_row_is_measured_and_checked(library: Library, capsys: pytest.Capt
         ("lossless", "decode", 2),
         ("lossless", "encode", 1),
         ("lossless", "encode", 2),
-        ("near-lossless", "decode", 1),
-        ("balanced", "decode", 1),
-        ("small", "decode", 1),
-        ("uncalibrated", "decode", 1),
+        *((name, verb, 1) for name in ("near-lossless", "balanced", "small", "uncalibrated") for verb in VERBS),
     ]
     assert all(row["bf16_gb_s"] > 0 for row in found["codec"])
     assert found["slab_to_block"][0]["share_of_copy"] > 0
@@ -64,6 +66,29 @@ def test_a_damaged_stream_does_not_pass(library: Library) -> None:
     case = LosslessDecoding(Sections(TINY, sections.values, [damaged]), 1, PagedCache(TINY, 1, HOST), HOST)
     case.run(library, 0)
     with pytest.raises(AssertionError, match="2 heads did not decode"):
+        case.check()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_sections_that_were_coded_otherwise_do_not_pass(library: Library, calibrated: bool) -> None:
+    sections = draw_lossy(TINY, 2, calibrated=calibrated)
+    case = LossyEncoding(library, sections, 3, 2, PagedCache(TINY, 2, HOST), HOST)
+    case.run(0)
+    case.check()
+    values = [value + np.uint16(1 << 7) for value in sections.values]  # an exponent more
+    other = LossyEncoding(library, replace(sections, values=values), 3, 2, PagedCache(TINY, 2, HOST), HOST)
+    other.run(0)
+    other._sections = sections
+    with pytest.raises(AssertionError, match="values 0 "):
+        other.check()
+
+
+def test_a_lossless_payload_that_is_not_the_cpus_does_not_pass(library: Library) -> None:
+    sections = Sections.draw(TINY, 2)
+    other = Sections(TINY, sections.values, sections.payloads[::-1])
+    case = LosslessEncoding(library, other, 1, PagedCache(TINY, 1, HOST), HOST)
+    case.run(0)
+    with pytest.raises(AssertionError, match="values 0 were coded otherwise"):
         case.check()
 
 
