@@ -28,6 +28,7 @@ class Memory:
             return self._address
 
     def put(self, values: np.ndarray) -> Memory.Put:
+        assert values.flags.c_contiguous
         self.puts += 1
         put = self.Put(self.puts)
         self.there.add(put)
@@ -50,6 +51,11 @@ def test_what_was_put_is_not_put_again() -> None:
     assert constants.find(calibration, "b", hundred).value == 2
     assert constants.find(None, "a", hundred).value == 3
     assert constants.find(None, "a", hundred).value == 3
+
+
+def test_a_matrix_is_put_row_by_row() -> None:
+    matrix = np.zeros((3, 5), np.float16).T
+    assert Constants(Memory().put).find(None, "matrix", lambda hold: hold(matrix)).nbytes == 30
 
 
 def test_it_goes_with_its_calibration() -> None:

@@ -36,8 +36,8 @@ class Hold:
         self.nbytes = 0
 
     def __call__(self, values: npt.NDArray[np.generic]) -> int:
-        """The address of a copy of `values`, there as long as `held` is."""
-        one = self._put(values)
+        """The address of a copy of `values`, rows one behind the other, there as long as `held` is."""
+        one = self._put(np.ascontiguousarray(values))
         self.held.append(one)
         self.nbytes += values.nbytes
         return one.data_ptr()
