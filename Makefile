@@ -122,8 +122,9 @@ gpu-check: ## on a machine with a GPU: build, test, sanitize, measure; needs pyt
 gpu-wheels: ## fetch what gpu-check needs where Python has torch but not the rest (GPU_CHECK_WHEELS=dir, GPU_PYTHON=3.12)
 	@$(PYTHON) .ci/gpu-wheels
 
-bench-gpu: venv cuda ## decode and encode GB/s on a GPU beside what limits them; `make gpu-check` runs it too
+bench-gpu: venv cuda ## decode and encode GB/s on a GPU beside what limits them, and time to first token; `make gpu-check` runs it too
 	@$(BIN)/python benchmarks/gpu_bench.py
+	@$(BIN)/python benchmarks/gpu_first_token.py
 
 $(VENV)/.bench-io: $(VENV)/.installed
 	@echo "installing the S3 clients to compare with into $(VENV)"

@@ -4,16 +4,16 @@
     python benchmarks/gpu_bench.py --emulation LIBRARY
 
 The layouts are those of an 8B (32 layers, 8 KV heads of 128) and a 70B model (80 layers); chunks have 256 tokens,
-sections 4 layers, and values go to blocks of 16 tokens in no order. What came out is compared with what went in. With
-`--emulation` a tiny case runs on the host, which proves the benchmark and measures nothing.
+sections 4 layers, and values go to blocks of 16 tokens in no order. What came out is compared with what went in.
+Beside it the limits, decoding beside an engine's step (gpu_share.py), and each kernel's occupancy by its registers and
+shared memory. Time to the first token is gpu_first_token.py's. With `--emulation` a tiny case runs on the host, which
+proves the benchmark and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +24,16 @@ from gpu_cases import MODELS, TINY, LosslessDecoding, Model, PagedCache, Section
 from gpu_clock import current_stream, seconds
 from gpu_encoding import LosslessEncoding
 from gpu_limits import measure_limits
+from gpu_machine import Budget, find_machine
+from gpu_occupancy import describe_occupancy, print_occupancy
 from gpu_path import measure_path
 from gpu_scalable import LossyDecoding, LossySections, draw_lossy
 from gpu_scalable_encoding import LossyEncoding
+from gpu_share import CHUNKS as SHARE_CHUNKS
+from gpu_share import measure_share, print_share
 from record import record
 
-from kvstore_s3.codec.device.library import Library, find_library
+from kvstore_s3.codec.device.library import Library
 
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 COPY_BYTES = 2**30
@@ -41,26 +45,6 @@ DISTINCT_LOSSY = 4
 PROFILES = {"near-lossless": 3, "balanced": 2, "small": 1}
 """Profile -> levels that are read, and here written (saves write three, but of values that were computed from fewer).
 Calibrated, with a transform of 4 layers; and without one, "uncalibrated"."""
-TO_COME = {
-    "first_token": "8B-shaped model with random weights at 8K, 32K and 128K tokens: recomputed, file store, NVMe, host"
-}
-
-
-@dataclass
-class Budget:
-    """Time that is left; what does not fit is named."""
-
-    seconds: float
-
-    def __post_init__(self) -> None:
-        self._end = time.monotonic() + self.seconds
-
-    def allows(self, what: str) -> bool:
-        if time.monotonic() < self._end:
-            return True
-        print(f"left out, {self.seconds:.0f} s are over: {what}")
-        return False
-
 
 Row = dict[str, Any]
 
@@ -79,7 +63,7 @@ class Bench:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(self.device)
             if needed + 1e9 > free - total / 10:
-                print(f"left out, the memory does not hold it: {what}")
+                self.budget.leave_out(what, "the GPU's memory does not hold it")
                 return False
         return True
 
@@ -137,17 +121,26 @@ def describe(model: Model, profile: str, verb: str, chunks: int, took: float, si
         "milliseconds": took * 1e3,
         "bf16_gb_s": size / took / 1e9,
         "compressed_gb_s": size / took / 1e9 * bits / 16,
+        "least_moved_gb_s": size / took / 1e9 * (1 + bits / 16),
         "bits_per_value": bits,
     }
 
 
-def measure(bench: Bench, models: tuple[Model, ...], counts: tuple[int, ...]) -> dict[str, Any]:
+def measure(
+    bench: Bench, models: tuple[Model, ...], counts: tuple[int, ...], found: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All figures, in `found` where it is given, as they come: what fails later leaves them there."""
+    found = {} if found is None else found
     copied = COPY_BYTES if bench.device.type == "cuda" else 2**20
     limits = measure_limits(models[0], min(64, counts[-1]), bench.device, copied)
     print_limits(limits)
-    found: dict[str, Any] = {"limits": limits, "codec": [], "slab_to_block": [], "to_come": TO_COME}
+    found |= {"limits": limits, "codec": [], "slab_to_block": [], "beside_an_engine": []}
     for model in models:
         sections = Sections.draw(model, DISTINCT[model.name])
+        if model is models[0] and bench.allows("decoding beside an engine's step", 2 * model.chunk_bytes * SHARE_CHUNKS):
+            for share in measure_share(bench.library, sections, bench.device):
+                print_share(share)
+                found["beside_an_engine"].append(share)
         for row in measure_codec(bench, sections, counts):
             print_row(row, limits)
             found["codec"].append(row)
@@ -196,18 +189,6 @@ def print_path(path: dict[str, Any]) -> None:
     )
 
 
-def describe_gpu(device: torch.device) -> dict[str, Any]:
-    found: Any = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "memory_gb": round(found.total_memory / 1e9, 1),
-        "l2_mb": round(found.L2_cache_size / 1e6, 1),
-        "cuda": torch.version.cuda,
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="of the result (default: gpu-<device>)")
@@ -219,15 +200,17 @@ def main() -> int:
         library = Library(options.emulation.resolve(), emulated=True)
         measure(Bench(library, torch.device("cpu"), budget), (TINY,), (1, 2))
         return 0
-    found = find_library()
-    if found.library is None or not torch.cuda.is_available():
-        why = found.reason if found.library is None else f"torch {torch.__version__} sees no GPU"
-        print(f"this benchmark needs the GPU library (`make cuda`) and a GPU: {why}", file=sys.stderr)
+    machine = find_machine(options.name)
+    if machine is None:
         return 2
-    device = torch.device("cuda", 0)
-    gpu = describe_gpu(device)
-    name = options.name or "gpu-" + re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
-    record(name, {"gpu": gpu, **measure(Bench(found.library, device, budget), MODELS, CHUNKS)}, "numpy", "torch")
+    bench = Bench(machine.library, machine.device, budget)
+    kernels = describe_occupancy(machine.gpu["capability"])
+    print_occupancy(kernels)
+    found = {"gpu": machine.gpu, "occupancy": kernels}
+    try:
+        measure(bench, MODELS, CHUNKS, found)
+    finally:
+        record(machine.name, {**found, "left_out": budget.left_out}, "numpy", "torch")
     return 0
 
 

@@ -17,6 +17,7 @@ from kvstore_s3.connectors.pretrained import load_model
 from kvstore_s3.connectors.transformers.admission import check_model, check_weights
 from kvstore_s3.connectors.transformers.canonical import build_cache, common_gpu, read_cache, view_cache
 from kvstore_s3.connectors.transformers.prompt import as_prompt, check_arguments
+from kvstore_s3.device_load import Device
 from kvstore_s3.device_save import DeviceKV
 from kvstore_s3.errors import InvalidArgumentError, KVStoreError
 from kvstore_s3.hub import find_model_directory
@@ -83,9 +84,12 @@ class PrefixCache:
     made for is up to the caller; what can be seen from here (shapes, dtype, adapters, quantisation) is checked.
     Raises `UnsupportedModelError` for a model whose cache cannot be cut, `InvalidArgumentError` for one that is not
     the namespace's. Not for several threads at once.
+
+    `device` is where KV is decoded and coded, as for `KVStore.load`: None, the GPU that has all of the model's layers,
+    or else the host.
     """
 
-    def __init__(self, model: PreTrainedModel, store: SyncKVStore) -> None:
+    def __init__(self, model: PreTrainedModel, store: SyncKVStore, *, device: Device | None = None) -> None:
         if inspect.iscoroutinefunction(getattr(store, "lookup", None)):
             raise InvalidArgumentError("PrefixCache needs the blocking store that `connect` gives, not a KVStore")
         self.model = model
@@ -93,7 +97,7 @@ class PrefixCache:
         self.last: Reuse | None = None
         """What the last `generate` or `prefill` reused."""
         self._devices = check_model(model, store.namespace)
-        self._gpu = common_gpu(self._devices)
+        self._gpu = common_gpu(self._devices) if device is None else device
         self._step_arguments: dict[str, Any] = {"logits_to_keep": 1} if _can_skip_logits(model) else {}
         self._reported: set[str] = set()
 
