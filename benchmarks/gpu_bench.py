@@ -137,7 +137,9 @@ def measure(
     found |= {"limits": limits, "codec": [], "slab_to_block": [], "beside_an_engine": []}
     for model in models:
         sections = Sections.draw(model, DISTINCT[model.name])
-        if model is models[0] and bench.allows("decoding beside an engine's step", 2 * model.chunk_bytes * SHARE_CHUNKS):
+        if model is models[0] and bench.allows(
+            "decoding beside an engine's step", 2 * model.chunk_bytes * SHARE_CHUNKS
+        ):
             for share in measure_share(bench.library, sections, bench.device):
                 print_share(share)
                 found["beside_an_engine"].append(share)

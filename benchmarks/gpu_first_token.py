@@ -50,6 +50,8 @@ ROUNDS, PATIENCE = 3, 12.0
 """Times that a figure is taken, unless that takes longer than so many seconds: one at least."""
 SHARE_STORED = 0.8
 """Of the KV's bytes: room that is asked for on disk and in memory before it is known what is needed."""
+FILLED_AT_ONCE, PASSES = 4, 3
+"""Chunks that a tier is filled with at a time, and how often what it did not take is offered again."""
 READ_FROM = {"file": "store_read_bytes", "NVMe": "nvme_hit_bytes", "host": "host_hit_bytes"}
 """Row -> the counter of the bytes that it must read, and no other."""
 
@@ -69,7 +71,8 @@ class Bench:
 
     def rows(self, lengths: Sequence[int]) -> Iterator[Row]:
         """The shortest prompt first; what there is no time or room for is named."""
-        for _ in self._measure(lengths[0] // 2 // TAIL * TAIL):
+        chunk = self.shape.chunk_tokens
+        for _ in self._measure(max(lengths[0] // 2 // chunk, 2) * chunk):
             pass  # libraries load their kernels
         spent, before = 0.0, 0
         for tokens in lengths:
@@ -92,7 +95,7 @@ class Bench:
 
     def _has_room(self, what: str, tokens: int) -> bool:
         stored = SHARE_STORED * tokens * self.shape.token_bytes
-        disk, memory = shutil.disk_usage(self.directory).free, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        disk, memory = shutil.disk_usage(self.directory).free, available_memory()
         if disk < 2.2 * stored:
             self.budget.leave_out(what, f"{2.2 * stored / 1e9:.0f} GB of files have no room below {self.directory}")
         elif memory < 1.3 * stored:
@@ -139,6 +142,7 @@ class Prompt:
 
     def _save(self, kv: Any) -> Row:
         memory = self._engine.memory(kv, self._tokens)
+        assert memory.alike, "kernels cannot read KV whose layers lie differently"
         with self._open({}) as store:
             encoder = store.kv.encoder_for(self._bench.place)
             assert encoder is not None
@@ -189,19 +193,24 @@ class Prompt:
         return self._row(what, times, computed=computed, read_gb=size / 1e9, read_gb_s=size / median(times) / 1e9)
 
     def _fill(self, store: SyncKVStore) -> None:
-        """Read until a tier has all of it: what was read is offered to it in the background."""
-        read = self._engine.reader(store)
-        for _ in range(5):
-            read(self._prompt)
-            if store.kv.is_near(store.lookup(self._prompt)):
+        """Read until a tier has all of it. It is offered what was read unless slabs are short: thus a few at once."""
+        hit = store.lookup(self._prompt)
+        for _ in range(PASSES):
+            parts = [hit.chunks[first : first + FILLED_AT_ONCE] for first in range(0, len(hit.chunks), FILLED_AT_ONCE)]
+            missing = [part for part in parts if not store.kv.is_near(store.kv.make_hit(part))]
+            if not missing:
                 return
+            for part in missing:
+                begin = part[0].first_token
+                whole = hit.cut(begin + len(part) * hit.chunk_tokens)
+                for _ in store.stream(whole, first_token=begin, device=self._bench.place):
+                    pass
+                store.runtime.run(store.kv._loader.settle())
         raise AssertionError("the tier does not keep what was read")
 
     def _open(self, settings: dict[str, Any]) -> Any:
         shape = self._bench.shape
-        namespace = Namespace(
-            model=shape.name, revision="random", layout=shape.layout, chunk_tokens=shape.chunk_tokens
-        )
+        namespace = Namespace(model=shape.name, revision="random", layout=shape.layout, chunk_tokens=shape.chunk_tokens)
         given = Settings(chunk_tokens=shape.chunk_tokens, verdict_lifetime_s=1e-3, **settings)
         return connect((self._folder / "store").as_uri(), namespace, given)
 
@@ -234,6 +243,12 @@ class Prompt:
         if computed is not None:
             row |= {"loaded_tokens": self._loaded, "computed_by_it": computed / median(times)}
         return row | more
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had, the system's cache of files among them."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -311,7 +326,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="of the result that the figures join (default: gpu-<device>)")
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--directory", type=Path, default=DIRECTORY, help="where files are written (default: build/gpu)")
+    parser.add_argument(
+        "--directory", type=Path, default=DIRECTORY, help="where files are written (default: build/gpu)"
+    )
     parser.add_argument("--plain", action="store_true", help="the model in plain torch")
     parser.add_argument("--emulation", type=Path, metavar="LIBRARY")
     options = parser.parse_args()

@@ -130,7 +130,8 @@ class TransformersEngine:
         return self._generate(prompt)
 
     def finish(self, prompt: torch.Tensor, kv: Any, tokens: int) -> Answer:
-        kv.crop(tokens)
+        for layer in kv.layers:
+            layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
         return self._generate(prompt, past_key_values=kv)
 
     def reader(self, store: SyncKVStore) -> Reader:
@@ -180,7 +181,9 @@ class PlainEngine:
         return self._run(prompt, [(empty, empty)] * self._shape.layers, 0)
 
     def finish(self, prompt: torch.Tensor, kv: Layers, tokens: int) -> Answer:
-        return self._run(prompt, [(keys[:tokens], values[:tokens]) for keys, values in kv], tokens)
+        past = [(keys[:tokens], values[:tokens]) for keys, values in kv]
+        kv.clear()  # each layer's memory is free once there is a longer one
+        return self._run(prompt, past, tokens)
 
     def reader(self, store: SyncKVStore) -> Reader:
         def ask(prompt: torch.Tensor) -> Answer:
@@ -213,8 +216,8 @@ class PlainEngine:
         angles = torch.arange(begin, len(prompt), device=self._device)[:, None] * self._frequencies
         turn = angles.cos()[:, None], angles.sin()[:, None]
         kv: Layers = []
-        for weights, before in zip(self._layers, past, strict=True):
-            x, layer = self._attend(x, weights, before, turn)
+        for weights in self._layers:
+            x, layer = self._attend(x, weights, past.pop(0), turn)
             kv.append(layer)
             for piece in x.split(self._PIECE):
                 gate, up = functional.linear(_normalize(piece), weights["up"]).chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Occupancy of each kernel: how many of a multiprocessor's warps its registers, threads and shared memory leave room for.
+"""Occupancy of each kernel: warps of a multiprocessor for which its registers, threads and shared memory leave room.
 
 From the recorded budget (csrc/cuda/budget.json), that is from the compiler's report; no GPU is asked. Shared memory is
 that of the largest block; a kernel whose shared memory depends on its work is counted without.

@@ -18,6 +18,7 @@ from gpu_clock import current_stream, seconds
 from torch.nn import functional
 
 from kvstore_s3.codec.device.library import Library
+from kvstore_s3.devices import allowed_multiprocessors
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
 STEP_TOKENS = (64, 2048)
@@ -76,11 +77,11 @@ def measure_share(library: Library, sections: Sections, device: torch.device) ->
 
 
 def limit_to(library: Library, device: torch.device, share: float) -> int:
-    """As a store does for `device_share`; the number of multiprocessors."""
+    """As a store does for `device_share`; the number of multiprocessors that are left to it."""
     there = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    most = max(1, round(there * share))
-    library.limit_multiprocessors(most)
-    return most
+    allowed = allowed_multiprocessors(there, share)
+    library.limit_multiprocessors(allowed)
+    return allowed or there
 
 
 def run_beside(

@@ -123,7 +123,8 @@ class Settings(BaseSettings):
     memory take half as much, for encoded bytes on their way from there."""
 
     device_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a GPU's multiprocessors that decoding may fill at once, in this process. 1: all."""
+    """Share of a GPU's multiprocessors whose room decoding and encoding may fill at once; an engine's kernels have the
+    rest. 1: all. For the whole process: the store that came to its GPU last says."""
 
     reuse_bytes: Annotated[int, Field(ge=0)] = 512 * MiB
     """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""

@@ -65,10 +65,17 @@ class Devices:
         found = find_library()
         if found.library is None:
             log.info("values on %s are coded by the CPU: %s", device, found.reason)
-        elif self._settings.device_share < 1:
-            most = torch.cuda.get_device_properties(device).multi_processor_count
-            found.library.limit_multiprocessors(max(1, round(most * self._settings.device_share)))
+            return None
+        share = self._settings.device_share
+        if share < 1 or found.library.has("kvs_limit_multiprocessors"):
+            there = torch.cuda.get_device_properties(device).multi_processor_count
+            found.library.limit_multiprocessors(allowed_multiprocessors(there, share))
         return found.library
+
+
+def allowed_multiprocessors(there: int, share: float) -> int:
+    """How many of the multiprocessors that are `there` kernels may fill, for `Settings.device_share`; 0: all."""
+    return 0 if share == 1 else max(1, round(there * share))
 
 
 def _find(device: torch.device | str | None) -> torch.device | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from device.emulated import ON_DEVICE, build
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from gpu_bench import Bench, Budget, measure
+from gpu_bench import Bench, measure
 from gpu_cases import TINY, LosslessDecoding, PagedCache, Sections
 from gpu_encoding import LosslessEncoding
+from gpu_machine import Budget
+from gpu_occupancy import Multiprocessor, describe_occupancy, occupancy
 from gpu_scalable import draw_lossy
 from gpu_scalable_encoding import LossyEncoding
+from gpu_share import SHARES
 
 from kvstore_s3.codec.device.library import Library
 
@@ -44,7 +48,26 @@ def test_every_row_is_measured_and_checked(library: Library, capsys: pytest.Capt
     assert all(row["bf16_gb_s"] > 0 for row in found["codec"])
     assert found["slab_to_block"][0]["share_of_copy"] > 0
     assert found["limits"]["scatter_gb_s_out"] is None
-    assert "slab to block" in capsys.readouterr().out
+    beside = found["beside_an_engine"]
+    assert [(row["share"], row["multiprocessors"]) for row in beside] == list(zip(SHARES, (2, 1, 1, 1), strict=True))
+    assert all(row["slowdown"] > 0 and row["decode_gb_s_beside"] > 0 for row in beside)
+    printed = capsys.readouterr().out
+    assert "slab to block" in printed
+    assert "decoding on 10% of the multiprocessors, a step of 8 tokens" in printed
+
+
+def test_figures_that_were_taken_stay_where_a_later_one_fails(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("chunk 0, layer group 0 came out wrong")
+
+    monkeypatch.setattr("gpu_bench.measure_path", fail)
+    found: dict[str, Any] = {}
+    with pytest.raises(AssertionError):
+        measure(Bench(library, HOST, Budget(60)), (TINY,), (1,), found)
+    assert found["codec"]
+    assert found["beside_an_engine"]
 
 
 def test_wrong_values_do_not_pass(library: Library) -> None:
@@ -93,5 +116,37 @@ def test_a_lossless_payload_that_is_not_the_cpus_does_not_pass(library: Library)
 
 
 def test_what_time_is_not_left_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not Budget(0).allows("lossless decode, 8B, 64 chunks")
+    budget = Budget(0)
+    assert not budget.allows("lossless decode, 8B, 64 chunks")
     assert "lossless decode, 8B, 64 chunks" in capsys.readouterr().out
+    assert budget.left_out == ["lossless decode, 8B, 64 chunks: 0 of 0 s are left"]
+    assert Budget(60).allows("what takes 5 s", 5)
+    assert not Budget(60).allows("what takes 70 s", 70)
+
+
+@pytest.mark.parametrize(
+    ("threads", "shared", "registers", "blocks", "bound"),
+    [
+        (512, 82494, 64, 2, "registers"),  # 16 warps of 2,048 registers each: as many as there are for two blocks
+        (256, 98304, 33, 2, "shared memory"),
+        (1024, 0, 32, 2, "registers"),
+        (1024, 0, 16, 2, "threads"),
+        (32, 0, 16, 32, "blocks"),
+        (256, -1, 248, 1, "registers"),
+    ],
+)
+def test_the_scarcest_of_a_multiprocessors_room_bounds_the_blocks_at_once(
+    threads: int, shared: int, registers: int, blocks: int, bound: str
+) -> None:
+    room = Multiprocessor(2048, 32, 228 * 1024)
+    found = occupancy(room, threads, shared, {"registers": registers, "spills": 0})
+    assert (found["blocks"], found["bound_by"]) == (blocks, bound)
+    assert found["occupancy"] == blocks * threads / 2048
+    assert found["warps"] == blocks * threads // 32
+
+
+def test_a_gpu_runs_the_newest_code_that_it_can() -> None:
+    codes = [describe_occupancy(capability).get("code") for capability in ("7.5", "8.0", "8.9", "9.0", "10.3")]
+    assert codes == [None, "sm_80", "sm_80", "sm_90", "sm_100"]
+    kernels = describe_occupancy("9.0")["kernels"]
+    assert kernels["LosslessDecode"]["occupancy"] == 0.5

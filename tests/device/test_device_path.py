@@ -31,6 +31,7 @@ from kvstore_s3 import KVLayout, KVStore, Namespace, Settings
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder
 from kvstore_s3.codec.device.library import Pages
 from kvstore_s3.codec.device.scalable_calls import ScalableCalls, ScalableTotals
+from kvstore_s3.devices import allowed_multiprocessors
 from kvstore_s3.errors import DeviceError, InvalidArgumentError
 from kvstore_s3.layout import Shard
 
@@ -241,3 +242,5 @@ def test_a_share_of_a_gpu_is_a_setting() -> None:
     assert Settings().device_share == 1
     with pytest.raises(ValueError, match="device_share"):
         Settings(device_share=0)
+    allowed = [allowed_multiprocessors(132, share) for share in (1, 0.5, 0.1, 0.001)]
+    assert allowed == [0, 66, 13, 1]  # 0: all that there are

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("transformers")  # a machine for `make gpu-check` may lack it
+
 import torch
 from device.emulated import ON_DEVICE, Device
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -17,6 +20,7 @@ from kvstore_s3.codec.device.library import Library, Pages
 from kvstore_s3.connectors.transformers import PrefixCache
 from kvstore_s3.connectors.transformers.canonical import build_cache, common_gpu
 from kvstore_s3.errors import DeviceError
+from kvstore_s3.runtime import SyncKVStore
 
 CHUNK = 32
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -43,11 +47,11 @@ def model() -> PreTrainedModel:
 
 
 @pytest.fixture
-def cache(model: PreTrainedModel, tmp_path: Path) -> Iterator[PrefixCache]:
+def store(model: PreTrainedModel, tmp_path: Path) -> Iterator[SyncKVStore]:
     layout = KVLayout.from_config(model.config, dtype=model.dtype)
     namespace = Namespace(model="tiny", revision="1", layout=layout, chunk_tokens=CHUNK)
     with connect(f"file://{tmp_path}", namespace, Settings(chunk_tokens=CHUNK)) as store:
-        yield PrefixCache(model, store)
+        yield store
 
 
 def answer_of(model: PreTrainedModel) -> list[int]:
@@ -56,7 +60,7 @@ def answer_of(model: PreTrainedModel) -> list[int]:
 
 
 def test_a_hit_that_the_device_coded_gives_the_tokens_of_the_plain_model(
-    cache: PrefixCache, model: PreTrainedModel, device: Device, monkeypatch: pytest.MonkeyPatch
+    store: SyncKVStore, model: PreTrainedModel, device: Device
 ) -> None:
     class CountingLibrary(Library):
         encoded = 0
@@ -68,8 +72,7 @@ def test_a_hit_that_the_device_coded_gives_the_tokens_of_the_plain_model(
     expected = answer_of(model)
     library = CountingLibrary(device.library.path, emulated=device.library.emulated)
     with DeviceDecoder(library, GPU if ON_DEVICE else CPU, SMALLEST_BUDGET) as decoder:
-        if not ON_DEVICE:  # there the cache finds the GPU itself
-            monkeypatch.setattr(cache, "_gpu", decoder)
+        cache = PrefixCache(model, store, device=None if ON_DEVICE else decoder)  # a GPU it finds by itself
         for loaded in (0, 2 * CHUNK + 5):
             assert cache.generate(PROMPT, max_new_tokens=8, do_sample=False)[0].tolist() == expected
             assert cache.last is not None
@@ -78,11 +81,7 @@ def test_a_hit_that_the_device_coded_gives_the_tokens_of_the_plain_model(
 
 
 def test_a_device_that_fails_ends_in_computing(
-    cache: PrefixCache,
-    model: PreTrainedModel,
-    device: Device,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    store: SyncKVStore, model: PreTrainedModel, device: Device, caplog: pytest.LogCaptureFixture
 ) -> None:
     class BrokenLibrary(Library):
         def lossless_decode(self, jobs: int, count: int, pages: Pages, faults: int, stream: int) -> None:
@@ -94,7 +93,7 @@ def test_a_device_that_fails_ends_in_computing(
         DeviceDecoder(library, GPU if ON_DEVICE else CPU, SMALLEST_BUDGET) as decoder,
         caplog.at_level(logging.WARNING, "kvstore_s3"),
     ):
-        monkeypatch.setattr(cache, "_gpu", decoder)
+        cache = PrefixCache(model, store, device=decoder)
         cache.generate(PROMPT, max_new_tokens=1)
         assert cache.generate(PROMPT, max_new_tokens=8, do_sample=False)[0].tolist() == expected
     assert cache.last is not None

@@ -97,7 +97,7 @@ class PrefixCache:
         self.last: Reuse | None = None
         """What the last `generate` or `prefill` reused."""
         self._devices = check_model(model, store.namespace)
-        self._gpu = common_gpu(self._devices) if device is None else device
+        self._place = common_gpu(self._devices) if device is None else device
         self._step_arguments: dict[str, Any] = {"logits_to_keep": 1} if _can_skip_logits(model) else {}
         self._reported: set[str] = set()
 
@@ -202,8 +202,8 @@ class PrefixCache:
         return _Found(cache, stored, answered, time.perf_counter() - started, quality, described)
 
     def _load_hit(self, hit: Hit) -> torch.Tensor | None:
-        """A hit's KV, on the model's GPU where it has just one: decoded there."""
-        return self.store.load(hit, device=self._gpu) if hit else None
+        """A hit's KV where the model wants it: on its GPU where it has just one, decoded there."""
+        return self.store.load(hit, device=self._place) if hit else None
 
     def _try_save(
         self, prompt: torch.Tensor, cache: DynamicCache, begin: int, end: int, salt: str | bytes | None, quality: str
@@ -226,8 +226,8 @@ class PrefixCache:
         return self.store.save(prompt[0, :end], kv, salt=salt, first_token=begin, prefix_quality=quality)
 
     def _read(self, cache: DynamicCache, begin: int, end: int) -> torch.Tensor | DeviceKV:
-        """The tokens' KV: where it is, on the model's GPU if it has just one, or a copy on the host."""
-        encoder = self.store.kv.encoder_for(self._gpu)
+        """The tokens' KV: where it is, or a copy on the host."""
+        encoder = self.store.kv.encoder_for(self._place)
         if encoder is not None and (memory := view_cache(cache, begin, end)).alike:
             return DeviceKV.of_layers(memory, encoder)
         return read_cache(cache, begin, end)
