@@ -112,6 +112,7 @@ class TransformersEngine:
             head_dim=shape.dim,
             max_position_embeddings=2**18,
             rope_parameters={"rope_type": "default", "rope_theta": THETA},
+            rms_norm_eps=1e-5,
             initializer_range=shape.deviation,
             bos_token_id=None,
             eos_token_id=None,
