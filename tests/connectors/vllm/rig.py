@@ -520,6 +520,8 @@ class Rig:
             },
         )
         config.cache_config.block_size = options.shape.block_tokens
+        if options.shape.is_fp8:
+            config.cache_config.cache_dtype = "fp8"
         config.cache_config.num_gpu_blocks = options.blocks
         config.cache_config.enable_prefix_caching = options.prefix_caching
         config.scheduler_config.max_num_batched_tokens = options.step_tokens
@@ -535,7 +537,7 @@ class Rig:
             block_size=shape.block_tokens,
             num_kv_heads=shape.heads // self.options.ranks,
             head_size=shape.head_dim,
-            dtype=shape.dtype,
+            dtype=shape.page_dtype,
         )
         page = spec.page_size_bytes
         stride = page * self.options.blocks
@@ -553,7 +555,7 @@ class _Rank:
 @cache
 def engine_config(shape: Shape) -> Any:
     """vLLM's configuration for a model of this shape. Made once: that takes seconds."""
-    arguments = EngineArgs(model=str(model_of(shape)), dtype=dtype_name(shape.dtype), skip_tokenizer_init=True)
+    arguments = EngineArgs(model=str(model_of(shape)), dtype=dtype_name(shape.model_dtype), skip_tokenizer_init=True)
     return arguments.create_engine_config()
 
 
@@ -571,10 +573,10 @@ def model_of(shape: Shape) -> Path:
         num_key_value_heads=shape.heads,
         head_dim=shape.head_dim,
         max_position_embeddings=262144,
-        dtype=dtype_name(shape.dtype),
+        dtype=dtype_name(shape.model_dtype),
     )
     path = Path(_DIRECTORY.name) / f"llama-{len(list(Path(_DIRECTORY.name).iterdir()))}"
-    transformers.LlamaForCausalLM(config).to(shape.dtype).save_pretrained(path)
+    transformers.LlamaForCausalLM(config).to(shape.model_dtype).save_pretrained(path)
     return path
 
 

@@ -20,11 +20,13 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 _MASK = (1 << 64) - 1
 VOCABULARY = 1000
+_POISON, _SPOILT = -0x2B, 0x7B
+"""Bits that the formula never gives."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formula's model keeps. `dtype` is bfloat16 or float32."""
+    """What the formula's model keeps. `dtype` is any of KV's; fp8 only `on_device`."""
 
     layers: int = 2
     heads: int = 2
@@ -36,7 +38,21 @@ class Shape:
 
     @property
     def bits(self) -> type[np.signedinteger[Any]]:
-        return np.int16 if self.dtype.itemsize == 2 else np.int32
+        return {1: np.int8, 2: np.int16, 4: np.int32}[self.dtype.itemsize]
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype.itemsize == 1
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return torch.bfloat16 if self.is_fp8 else self.dtype
+
+    @property
+    def page_dtype(self) -> torch.dtype:
+        """What vLLM says that pages are made of."""
+        return torch.uint8 if self.is_fp8 else self.dtype
 
     @property
     def page_values(self) -> int:
@@ -81,6 +97,8 @@ class Formula:
     def _bits(self, prefixes: Sequence[int]) -> np.ndarray[Any, Any]:
         """[layers, heads, K or V, tokens, head_dim]"""
         mixed = np.array(prefixes, dtype=np.uint64)[:, None] * self._factors >> np.uint64(33)
+        if self.shape.bits is np.int8:
+            return (mixed & np.uint64(0x87) | np.uint64(0x38)).astype(np.uint8).view(np.int8)
         if self.shape.bits is np.int16:
             return (mixed & np.uint64(0x81FF) | np.uint64(0x3C00)).astype(np.uint16).view(np.int16)
         return (mixed & np.uint64(0x7FFFFF) | np.uint64(0x3F000000)).astype(np.uint32).view(np.int32)
@@ -120,7 +138,7 @@ def find_places(shape: Shape) -> tuple[np.ndarray[Any, Any], ...]:
 
 def as_bits(tensor: torch.Tensor, shape: Shape) -> np.ndarray[Any, Any]:
     """The same memory as integers, for NaN is not equal to itself."""
-    return tensor.view(torch.int16 if shape.bits is np.int16 else torch.int32).numpy()
+    return tensor.view({np.int8: torch.int8, np.int16: torch.int16}.get(shape.bits, torch.int32)).numpy()
 
 
 @dataclass
@@ -137,7 +155,7 @@ class RankPages:
         shape = self.formula.shape
         self._layer_count = self.layers.stop - self.layers.start
         size = (self._layer_count, self.blocks, self.heads.stop - self.heads.start, shape.block_tokens)
-        self.tensor = torch.zeros((*size, 2 * shape.head_dim), dtype=shape.dtype)
+        self.tensor = torch.zeros((*size, 2 * shape.head_dim), dtype=shape.page_dtype)
         self._pages = as_bits(self.tensor, shape).reshape(*size[:3], -1)
         self._shadow = self._pages.copy()
         self._held = np.zeros((self._layer_count, self.blocks), dtype=np.int64)
@@ -145,7 +163,7 @@ class RankPages:
 
     def poison(self, blocks: Sequence[int]) -> None:
         """Fresh blocks hold no one's KV, not even by accident."""
-        self._pages[:, blocks] = self._shadow[:, blocks] = -0x2BAD
+        self._pages[:, blocks] = self._shadow[:, blocks] = self.formula.shape.bits(_POISON)
         self._held[:, blocks] = 0
 
     def open_to_load(self, request_id: str, blocks: Sequence[int]) -> None:
@@ -205,7 +223,7 @@ class RankPages:
             first = index * size
             mask = self.formula.mask(max(begin - first, 0), min(size, end - first))
             for pages in (self._pages, self._shadow):
-                pages[layer, table[index]][:, mask] = 0x7BAD
+                pages[layer, table[index]][:, mask] = self.formula.shape.bits(_SPOILT)
             self._held[layer, table[index]] = 0
 
 

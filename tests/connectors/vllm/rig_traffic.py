@@ -90,7 +90,9 @@ class Traffic:
 
 def namespace_of(shape: Shape, chunk_tokens: int) -> Namespace:
     """Where engines of this shape keep their KV."""
-    return Namespace.from_model(model_of(replace(shape, block_tokens=32)), dtype=shape.dtype, chunk_tokens=chunk_tokens)
+    variant = "vllm fp8 KV of bfloat16" if shape.is_fp8 else None
+    model = model_of(replace(shape, block_tokens=32))
+    return Namespace.from_model(model, dtype=shape.dtype, chunk_tokens=chunk_tokens, variant=variant)
 
 
 def keys_of(
