@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from codec.calibrations import make_calibration
@@ -345,6 +346,29 @@ async def test_a_device_that_fails_leaves_lossy_encoding_to_the_cpu(
         found, expected = await save_both(tmp_path, kv, of_tensor(kv, encoder))
     assert found == expected
     assert "KV is coded by the CPU: kvs_scalable_encode failed with CUDA error 700" in caplog.messages
+
+
+class CountingEncoder(DeviceEncoder):
+    """Counts the arrays that it puts on the device to stay."""
+
+    puts = 0
+
+    def _put(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        self.puts += 1
+        return super()._put(values)
+
+
+@pytest.mark.parametrize("span", ["uncalibrated", *SPANS])
+async def test_a_calibration_is_put_on_the_device_once(tmp_path: Path, library: CountingLibrary, span: str) -> None:
+    kv = draw_kv()
+    with CountingEncoder(library, MEMORY, BUDGET) as encoder:
+        async with opened(tmp_path, profile="small") as store:
+            await publish(store, CALIBRATIONS.get(span))
+            await store.save(TOKENS, of_tensor(kv, encoder))
+            first = encoder.puts
+            await store.save([1, *TOKENS], of_tensor(kv, encoder))
+    assert library.lossy_calls == 8
+    assert encoder.puts == first > 0
 
 
 class OlderLibrary(Library):
