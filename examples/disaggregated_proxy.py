@@ -96,6 +96,8 @@ class Proxy:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
         body = parse(raw) if request.path in GENERATING else None
+        if body is not None and body.pop("kv_transfer_params", None) is not None:  # the proxy's to say, not a client's
+            raw = json.dumps(body).encode()
         with least_busy(self.decode).at_work() as url:
             try:
                 if body is None or count_tokens(body) < self.least_tokens:

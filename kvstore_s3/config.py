@@ -7,6 +7,7 @@ the defaults below. Credentials are never settings: they come from the default A
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -26,6 +27,10 @@ from kvstore_s3.errors import InvalidArgumentError
 
 MiB = 1024 * 1024
 _PREFIX = "KVSTORE_S3_"
+_OF_KUBERNETES = re.compile(
+    rf"{_PREFIX}(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+"""What Kubernetes puts into the environment of each container beside a Service called kvstore-s3."""
 
 
 def _find_absolute(path: Path) -> Path:
@@ -201,7 +206,9 @@ def _check_environment() -> None:
     """A misspelt variable would be a silent default. KVSTORE_S3_TEST_ is left to the tests."""
     known = {_PREFIX + name.upper() for name in Settings.model_fields}
     for name in sorted(os.environ):
-        if name.startswith(_PREFIX) and not name.startswith(f"{_PREFIX}TEST_") and name.upper() not in known:
+        if not name.startswith(_PREFIX) or name.startswith(f"{_PREFIX}TEST_") or _OF_KUBERNETES.fullmatch(name):
+            continue
+        if name.upper() not in known:
             raise InvalidArgumentError(f"{name} in the environment is not a setting; check its spelling")
 
 
@@ -217,4 +224,10 @@ def _explain(error: ValidationError, given: dict[str, Any]) -> str:
 
 def _default_cache_dir() -> Path:
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "kvstore-s3"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "kvstore-s3"
+    except RuntimeError as error:  # a user that the system does not know, as containers have them
+        raise InvalidArgumentError(
+            f"there is no home directory to keep small files in ({error}); set HOME, or KVSTORE_S3_CACHE_DIR to a "
+            "directory that only this user can write"
+        ) from error

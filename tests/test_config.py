@@ -79,3 +79,25 @@ def test_the_directory_of_the_nvme_tier_is_the_same_from_every_working_directory
     monkeypatch.setenv("KVSTORE_S3_NVME_TIER_DIR", "near/kv")
     with pytest.raises(InvalidArgumentError, match=r"KVSTORE_S3_NVME_TIER_DIR.*absolute path.*near/kv"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    "name", ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_9000_TCP", "PORT_9000_TCP_ADDR"]
+)
+def test_what_kubernetes_says_of_a_service_of_the_same_name_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"KVSTORE_S3_{name}", "tcp://10.0.0.1:9000")
+    assert load_settings() == Settings()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", fail)
+    with pytest.raises(InvalidArgumentError, match="set HOME, or KVSTORE_S3_CACHE_DIR"):
+        load_settings()
+    monkeypatch.setenv("KVSTORE_S3_CACHE_DIR", "/somewhere")
+    assert load_settings().cache_dir == Path("/somewhere")

@@ -47,6 +47,31 @@ __m128i load(const std::byte* from) { return _mm_loadu_si128(reinterpret_cast<co
 void store(std::byte* to, __m128i value) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), value); }
 
 template <>
+struct Square<1> {
+  static constexpr std::int64_t kSide = 8;
+  static void transpose(std::byte* to, std::int64_t to_step, const std::byte* from, std::int64_t from_step) {
+    __m128i in[8], pairs[4], fours[4];
+    for (int i = 0; i < 8; ++i)
+      in[i] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + i * from_step));
+    for (int i = 0; i < 4; ++i) pairs[i] = _mm_unpacklo_epi8(in[2 * i], in[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) {
+      fours[2 * i] = _mm_unpacklo_epi16(pairs[2 * i], pairs[2 * i + 1]);
+      fours[2 * i + 1] = _mm_unpackhi_epi16(pairs[2 * i], pairs[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m128i rows[2] = {_mm_unpacklo_epi32(fours[i], fours[2 + i]),
+                               _mm_unpackhi_epi32(fours[i], fours[2 + i])};
+      for (int half = 0; half < 2; ++half) {
+        std::byte* at = to + (4 * i + 2 * half) * to_step;
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(at), rows[half]);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(at + to_step),
+                         _mm_unpackhi_epi64(rows[half], rows[half]));
+      }
+    }
+  }
+};
+
+template <>
 struct Square<2> {
   static constexpr std::int64_t kSide = 8;
   static void transpose(std::byte* to, std::int64_t to_step, const std::byte* from, std::int64_t from_step) {

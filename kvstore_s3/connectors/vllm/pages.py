@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_s3 import _native
+from kvstore_s3.codec.blocks import gather_blocks, scatter_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,13 +75,13 @@ class Pages:
         """
         numbers = np.array(block_ids, np.int64)
         for pages, rows in self._pairs(0, len(numbers), out):
-            _native.gather_blocks(pages, numbers, rows)
+            gather_blocks(pages, numbers, rows)
 
     def write(self, block_ids: Sequence[int], *, kv: Tensor, layer: int = 0) -> None:
         """Pack canonical `kv` into whole blocks, from layer number `layer` on; as in `read`. No other is touched."""
         numbers = np.array(block_ids, np.int64)
         for pages, rows in self._pairs(layer, len(numbers), kv):
-            _native.scatter_blocks(pages, numbers, rows)
+            scatter_blocks(pages, numbers, rows)
 
     def read_tokens(self, block_ids: Sequence[int], *, begin: int, end: int) -> Tensor:
         """Return tokens `begin` to `end` of a request as canonical [layers, 2, end - begin, kv heads, head dim].

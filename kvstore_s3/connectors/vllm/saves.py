@@ -19,14 +19,14 @@ from kvstore_s3.store import KVStore
 
 
 class SaveBudget:
-    """Bytes of KV that wait in memory to be saved, at most `limit`. For one thread."""
+    """Bytes of KV that wait in memory to be saved, at most `limit`, or one save if that is more. For one thread."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._taken = 0
 
     def take(self, size: int) -> bool:
-        if self._taken + size > self._limit:
+        if self._taken and self._taken + size > self._limit:
             return False
         self._taken += size
         return True

@@ -117,6 +117,12 @@ class SchedulerSide:
         state = self._requests.get(request.request_id)
         if state is None:
             return 0, False
+        count, between_steps = self._match(state, request, computed)
+        if count is not None and state.shares_since is not None:
+            self._end_share(state, loads=bool(count))
+        return count, between_steps
+
+    def _match(self, state: RequestState, request: Request, computed: int) -> tuple[int | None, bool]:
         if not self._role.loads or not state.may_load:
             return (None if state.wanted and self._asking.is_naming(state) else 0), False
         whole = floor_to(floor_to(state.tokens, self._chunk_tokens), self._role.block_tokens)
@@ -149,6 +155,14 @@ class SchedulerSide:
             self._tally.add("kvstore_loads_shared")
         patience_s = self._admission.patience_s(computed, state.tokens, self._options.load_deadline_s)
         return now - state.shares_since + state.waited_s <= patience_s
+
+    def _end_share(self, state: RequestState, *, loads: bool) -> None:
+        """Another request's load is waited for no more; what it took counts against a load of this one's own."""
+        if state.shares_since is not None:
+            state.waited_s += time.monotonic() - state.shares_since
+            state.shares_since = None
+        if not loads:  # else it is told when that has ended
+            self._tally.observe("kvstore_added_wait_seconds", state.waited_s)
 
     def order_load(self, request: Request, block_ids: Sequence[int], external: int) -> None:
         """The engine has allocated `block_ids`, the request's from the first on, and wants `external` tokens."""

@@ -75,6 +75,7 @@ class WorkerSide:
         self._writer = ThreadPoolExecutor(_WRITERS, "kvstore-s3-pages")
         self._waiter = ThreadPoolExecutor(1, "kvstore-s3-steps")
         self._cache: PagedCache | DeviceCache
+        self._told_full = False
         self._encoder: DeviceEncoder | None = None
         self._read_later = ReadLater()
         self._under_way: set[concurrent.futures.Future[None]] = set()
@@ -275,7 +276,16 @@ class WorkerSide:
 
     def _may_save(self, order: SaveOrder, size: int) -> bool:
         """A chunk is of no use without those before it, so a request that lost one saves no more."""
-        return self._health.available and order.request_id not in self._broken and self._budget.take(size)
+        if not self._health.available or order.request_id in self._broken:
+            return False
+        taken = self._budget.take(size)
+        if not taken and not self._told_full:
+            self._told_full = True
+            log.warning(
+                "KV is not saved, as save_memory_bytes wait to be stored already: the store, or the link to it, is "
+                "slower than this engine computes (said once; kvstore_saves_shed counts them)"
+            )
+        return taken
 
     def _track(self, future: concurrent.futures.Future[None]) -> None:
         self._under_way.add(future)

@@ -233,3 +233,11 @@ def test_tokens_are_counted_or_guessed():
 def test_engines_are_named_on_the_command_line():
     options = parse_options(["--prefill", "http://a", "--prefill", "http://b", "--decode", "http://c"])
     assert (options.prefill, options.decode, options.port) == (["http://a", "http://b"], ["http://c"], 8100)
+
+
+async def test_what_a_client_says_of_prefill_and_decode_is_not_passed_on():
+    prefill, decode = FakeEngine(say), FakeEngine(say)
+    async with proxied(prefill, decode) as (client, _):
+        for prompt in ([1, 2, 3], PROMPT):
+            await complete(client, prompt=prompt, kv_transfer_params={"do_remote_prefill": True, "other": 1})
+    assert [body.get("kv_transfer_params") for body in decode.bodies] == [None, {"do_remote_prefill": True}]

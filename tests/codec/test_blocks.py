@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_s3 import _native
+from kvstore_s3.codec.blocks import gather_blocks, scatter_blocks
 
 Bits = npt.NDArray[Any]
 
@@ -48,7 +48,7 @@ def test_rows_are_scattered_as_numpy_would(pair: tuple[Bits, list[int], Bits]):
     expected = blocks.copy()
     expected[numbers] = rows
     around = memory_around(blocks)
-    _native.scatter_blocks(blocks, np.array(numbers, np.int64), rows)
+    scatter_blocks(blocks, np.array(numbers, np.int64), rows)
     np.testing.assert_array_equal(blocks, expected)
     blocks[...] = 0
     assert np.array_equal(memory_around(blocks), around)
@@ -59,7 +59,7 @@ def test_rows_are_scattered_as_numpy_would(pair: tuple[Bits, list[int], Bits]):
 def test_blocks_are_gathered_as_numpy_would(pair: tuple[Bits, list[int], Bits]):
     blocks, numbers, rows = pair
     fill(blocks, 1)
-    _native.gather_blocks(blocks, np.array(numbers, np.int64), rows)
+    gather_blocks(blocks, np.array(numbers, np.int64), rows)
     np.testing.assert_array_equal(rows, blocks[numbers])
 
 
@@ -77,10 +77,10 @@ def test_pages_as_large_as_an_engines_are_transposed_right():
     random = np.random.default_rng(3)
     rows = random.integers(0, 2**16, (2, 128, 4, 64), np.uint16)
     pages = np.zeros((5, 4, 64, 128), np.uint16)  # [blocks, heads, dim, tokens]
-    _native.scatter_blocks(pages.transpose(0, 3, 1, 2), np.array([4, 1]), rows)
+    scatter_blocks(pages.transpose(0, 3, 1, 2), np.array([4, 1]), rows)
     np.testing.assert_array_equal(pages[[4, 1]], rows.transpose(0, 2, 3, 1))
     back = np.zeros_like(rows)
-    _native.gather_blocks(pages.transpose(0, 3, 1, 2), np.array([4, 1]), back)
+    gather_blocks(pages.transpose(0, 3, 1, 2), np.array([4, 1]), back)
     np.testing.assert_array_equal(back, rows)
 
 
@@ -98,9 +98,9 @@ def test_pages_as_large_as_an_engines_are_transposed_right():
 )
 def test_what_does_not_fit_is_refused(blocks: Bits, numbers: list[int], rows: Bits):
     with pytest.raises(ValueError, match="block"):
-        _native.scatter_blocks(blocks, np.array(numbers, np.int64), rows)
+        scatter_blocks(blocks, np.array(numbers, np.int64), rows)
     with pytest.raises(ValueError, match="block"):
-        _native.gather_blocks(blocks, np.array(numbers, np.int64), rows)
+        gather_blocks(blocks, np.array(numbers, np.int64), rows)
     assert not blocks.any()
 
 
@@ -108,4 +108,4 @@ def test_memory_that_must_not_be_written_is_refused():
     blocks = np.zeros((2, 3), np.uint16)
     blocks.flags.writeable = False
     with pytest.raises(TypeError):
-        _native.scatter_blocks(blocks, np.array([0]), np.ones((1, 3), np.uint16))
+        scatter_blocks(blocks, np.array([0]), np.ones((1, 3), np.uint16))
