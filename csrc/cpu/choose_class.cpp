@@ -1,43 +1,22 @@
 #include "choose_class.h"
 
-#include "../lossless_tables.h"
+#include "../class_search.h"
 
 namespace kvs {
 namespace {
 
-constexpr std::uint32_t kUnit = 256;          // costs are in 1/256 bit
 constexpr std::uint64_t kMostTokens = 32767;  // counts must fit a signed 16-bit number
 
-// log2(x) * kUnit of x from 1 to 4096, rounded down: the fraction by repeated squaring.
-constexpr std::uint32_t log2_units(std::uint32_t x) {
-  std::uint32_t whole = 0;
-  while (x >> (whole + 1)) ++whole;
-  std::uint64_t mantissa = (static_cast<std::uint64_t>(x) << 31) >> whole;  // in [2^31, 2^32)
-  std::uint32_t units = whole;
-  for (std::uint32_t unit = 1; unit < kUnit; unit *= 2) {
-    mantissa = mantissa * mantissa >> 31;
-    const bool above = mantissa >> 32;
-    units = units * 2 + above;
-    if (above) mantissa >>= 1;
-  }
-  return units;
-}
-
-// Cost of each symbol less the cost of an escape: so the escapes need not be counted one by one.
+// Costs as cost_of adds them up: a sign's steps side by side.
 struct Costs {
   alignas(32) std::int16_t saving[kTables][kSymbols];
   std::int32_t escape[kTables];
 
   constexpr Costs() : saving(), escape() {
     for (std::uint32_t table = 0; table < kTables; ++table) {
-      escape[table] =
-          static_cast<std::int32_t>((kSlotBits + 8) * kUnit - log2_units(kFrequencies[table][kEscapeStep]));
-      for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol) {
-        const std::uint32_t frequency = kFrequencies[table][symbol];
-        if ((symbol & 31) >= kEscapeStep || frequency == 0) continue;
-        const auto bits = static_cast<std::int32_t>(kSlotBits * kUnit - log2_units(frequency));
-        saving[table][symbol] = static_cast<std::int16_t>(bits - escape[table]);
-      }
+      escape[table] = class_cost::escape(table);
+      for (std::uint32_t symbol = 0; symbol < kSymbols; ++symbol)
+        saving[table][symbol] = class_cost::saving(table, symbol);
     }
   }
 };
@@ -109,53 +88,14 @@ std::uint32_t upper_exponent(const Counts& counts, std::uint32_t largest, std::i
   }
 }
 
-// The search: scales are in half octaves, 2 * top + phase; a table is 2 * mean + phase.
-class Search {
- public:
-  Search(const Counts& counts, std::uint32_t flip, std::int32_t tokens)
-      : counts_(counts), flip_(flip), tokens_(tokens) {}
-
-  // The scale first, by the tables of mean 0: the costs have one valley, walked down from its upper end.
-  std::uint32_t find_scale(std::uint32_t upper) {
-    const std::uint32_t low = 2 * upper;
-    for (std::uint32_t scale = std::min(low + 5, 511u);; --scale) {
-      if (!try_class(0, scale) || scale == low) return 2u * best_.top + best_.table % 2;
-    }
-  }
-
-  // Then the mean, from small to large for as long as it pays, at that scale and its neighbours.
-  Class find_mean(std::uint32_t scale) {
-    const std::uint32_t last = std::min(scale + 1, 511u);
-    for (std::uint32_t near = scale > 0 ? scale - 1 : 0; near <= last; ++near) {
-      last_ = kDear;
-      for (std::uint32_t mean = 1; mean < kTables / 2 && try_class(mean, near); ++mean) continue;
-    }
-    return best_;
-  }
-
- private:
-  static constexpr std::int32_t kDear = 0x7FFFFFFF;
-
-  // Keeps the class if it is the best so far. True if it is no dearer than the one tried before.
-  bool try_class(std::uint32_t mean, std::uint32_t scale) {
-    const std::uint32_t table = 2 * mean + scale % 2;
-    const std::int32_t cost = cost_of(counts_, table, flip_, scale / 2, tokens_);
-    if (cost < least_) {
-      least_ = cost;
-      best_ = {static_cast<std::uint8_t>(table), static_cast<std::uint8_t>(flip_),
-               static_cast<std::uint8_t>(scale / 2)};
-    }
-    const bool cheaper = cost <= last_;
-    last_ = cost;
-    return cheaper;
-  }
-
-  const Counts& counts_;
-  std::uint32_t flip_;
-  std::int32_t tokens_;
-  std::int32_t least_ = kDear, last_ = kDear;
-  Class best_{};
-};
+Class choose_class(const Counts& counts, bool flip, std::uint32_t upper, std::int32_t tokens) {
+  const auto cost = [&counts, flip, tokens](std::uint32_t table, std::uint32_t top) {
+    return cost_of(counts, table, flip, top, tokens);
+  };
+  ClassSearch search(cost);
+  search.run(upper);
+  return {static_cast<std::uint8_t>(search.table()), flip, static_cast<std::uint8_t>(search.top())};
+}
 
 // Eight neighbouring lanes are counted side by side: counting one value after the other in one place would
 // wait for each store.
@@ -203,8 +143,8 @@ void choose_classes(const std::uint16_t* values, std::uint32_t lanes, std::uint6
       Counts& of_lane = counts.lanes[lane - first];
       const std::uint32_t largest = static_cast<std::uint32_t>(seen.largest[lane]) >> 7;
       if (lane < lanes) {
-        Search search(of_lane, 2 * seen.negative[lane] > counted, counted);
-        chosen[lane] = search.find_mean(search.find_scale(upper_exponent(of_lane, largest, counted)));
+        const std::uint32_t upper = upper_exponent(of_lane, largest, counted);
+        chosen[lane] = choose_class(of_lane, 2 * seen.negative[lane] > counted, upper, counted);
       }
       of_lane.clear(static_cast<std::uint32_t>(seen.least[lane]) >> 7, largest);
     }

@@ -3,6 +3,7 @@
 
 #include <bit>
 
+#include "../float_bits.h"
 #include "scalable_kernels.h"
 
 namespace kvs {
@@ -58,12 +59,8 @@ KVS_TARGET bool widen_float16(const std::uint16_t* __restrict bits, std::uint32_
                               float* __restrict to) {
   std::uint32_t unfit = 0;
   for (std::uint32_t i = 0; i < count; ++i) {
-    const std::uint32_t magnitude = bits[i] & 0x7FFF;
-    const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-    const std::uint32_t normal = (magnitude << 13) + (112u << 23);
-    const std::uint32_t found = magnitude < 0x400 ? std::bit_cast<std::uint32_t>(subnormal) : normal;
-    to[i] = std::bit_cast<float>(found | static_cast<std::uint32_t>(bits[i] & 0x8000) << 16);
-    unfit |= magnitude >= 0x7800;
+    to[i] = widen_float16_bits(bits[i]);
+    unfit |= (bits[i] & 0x7FFF) >= 0x7800;
   }
   return unfit;
 }
@@ -80,28 +77,12 @@ KVS_TARGET bool widen_float32(const std::uint32_t* __restrict bits, std::uint32_
 
 KVS_TARGET void narrow_bfloat16(const float* __restrict from, std::uint32_t count,
                                 std::uint16_t* __restrict bits) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    const std::uint32_t value = std::bit_cast<std::uint32_t>(from[i]);
-    const std::uint32_t rounded = (value + 0x7FFF + (value >> 16 & 1)) >> 16;
-    const bool is_nan = (value & 0x7FFFFFFF) > 0x7F800000;
-    bits[i] = static_cast<std::uint16_t>(is_nan ? value >> 16 | 0x40 : rounded);
-  }
+  for (std::uint32_t i = 0; i < count; ++i) bits[i] = narrow_to_bfloat16(from[i]);
 }
 
 KVS_TARGET void narrow_float16(const float* __restrict from, std::uint32_t count,
                                std::uint16_t* __restrict bits) {
-  for (std::uint32_t i = 0; i < count; ++i) {
-    const std::uint32_t value = std::bit_cast<std::uint32_t>(from[i]);
-    const std::uint32_t magnitude = value & 0x7FFFFFFF;
-    const std::uint32_t normal = (magnitude - (112u << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
-    // Half has the spacing of subnormals: adding it rounds there, and the low bits count in units of 2^-24.
-    const std::uint32_t subnormal =
-        std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3F000000;
-    const std::uint32_t beyond = magnitude > 0x7F800000 ? 0x7E00 | (magnitude >> 13 & 0x3FF) : 0x7C00;
-    std::uint32_t found = magnitude < 0x38800000 ? subnormal : normal;
-    found = magnitude >= 0x477FF000 ? beyond : found;
-    bits[i] = static_cast<std::uint16_t>(found | (value >> 16 & 0x8000));
-  }
+  for (std::uint32_t i = 0; i < count; ++i) bits[i] = narrow_to_float16(from[i]);
 }
 
 KVS_TARGET void narrow_float32(const float* __restrict from, std::uint32_t count,

@@ -1,5 +1,5 @@
 // Which class codes a component in the fewest bits, one component to a thread: the search of
-// csrc/cpu/choose_class.cpp in its integers and its order, so that a GPU chooses what a CPU chooses.
+// class_search.h, so that a GPU chooses what a CPU chooses.
 //
 // The surprises first:
 // - Half octaves are counted modulo 64, in shared memory, while the values go by for the first time: a
@@ -13,8 +13,7 @@
 // instructions, and a warp tries as many as its slowest lane, 12 to 25: for each of 256 rows, 10 to 20.
 #pragma once
 
-#include "../lossless_tables.h"
-#include "../rans.h"
+#include "../class_search.h"
 #include "launch.h"
 #include "simt.h"
 
@@ -29,37 +28,10 @@ namespace kvs {
 
 namespace class_cost {
 
-inline constexpr std::uint32_t kUnit = 256;  // costs are in 1/256 bit
 inline constexpr std::uint32_t kSteps =
     26;  // of a table; no table has a frequency for those from here to the escapes
 inline constexpr std::uint32_t kStride =
     kSteps + 1;  // words; odd, so that the tables of both phases differ in banks
-
-// log2(x) * kUnit of x from 1 to 4096, rounded down: the fraction by repeated squaring.
-constexpr std::uint32_t log2_units(std::uint32_t x) {
-  std::uint32_t whole = 0;
-  while (x >> (whole + 1)) ++whole;
-  std::uint64_t mantissa = (static_cast<std::uint64_t>(x) << 31) >> whole;  // in [2^31, 2^32)
-  std::uint32_t units = whole;
-  for (std::uint32_t unit = 1; unit < kUnit; unit *= 2) {
-    mantissa = mantissa * mantissa >> 31;
-    const bool above = mantissa >> 32;
-    units = units * 2 + above;
-    if (above) mantissa >>= 1;
-  }
-  return units;
-}
-
-constexpr std::uint32_t escape_cost(std::uint32_t table) {
-  return (kSlotBits + 8) * kUnit - log2_units(kFrequencies[table][kEscapeStep]);
-}
-
-// Cost of a symbol less the cost of an escape, as 16 bits of two's complement.
-constexpr std::uint32_t saving(std::uint32_t table, std::uint32_t symbol) {
-  const std::uint32_t frequency = kFrequencies[table][symbol];
-  if (frequency == 0) return 0;
-  return (kSlotBits * kUnit - log2_units(frequency) - escape_cost(table)) & 0xFFFF;
-}
 
 constexpr bool no_table_has_more_steps() {
   for (const auto& frequencies : kFrequencies) {
@@ -79,9 +51,11 @@ struct Costs {
   constexpr Costs() : words() {
     for (std::uint32_t table = 0; table < kTables; ++table) {
       for (std::uint32_t step = 0; step < kSteps; ++step) {
-        words[table * kStride + step] = saving(table, step) | saving(table, 32 + step) << 16;
+        words[table * kStride + step] = static_cast<std::uint16_t>(saving(table, step)) |
+                                        std::uint32_t{static_cast<std::uint16_t>(saving(table, 32 + step))}
+                                            << 16;
       }
-      words[table * kStride + kSteps] = escape_cost(table);
+      words[table * kStride + kSteps] = static_cast<std::uint32_t>(escape(table));
     }
   }
 };
@@ -204,57 +178,18 @@ class Window {
   bool whole_;  // all values lie in the window
 };
 
-// The search: scales are in half octaves, 2 * top + phase; a table is 2 * mean + phase.
-class ClassSearch {
+// What a lane's values cost: the search asks for it.
+class LaneCost {
  public:
-  KVS_DEVICE ClassSearch(const LaneCounts& counts, const std::uint32_t* costs, bool flip, std::int32_t tokens)
+  KVS_DEVICE LaneCost(const LaneCounts& counts, const std::uint32_t* costs, bool flip, std::int32_t tokens)
       : counts_(counts), costs_(costs), turn_(flip ? 16 : 0), tokens_(tokens) {}
 
-  // The scale first, by the tables of mean 0: the costs have one valley, walked down from its upper end.
-  KVS_DEVICE std::int32_t find_scale(std::int32_t upper) {
-    const std::int32_t low = 2 * upper;
-    for (std::int32_t scale = low + 5 < 511 ? low + 5 : 511;; --scale) {
-      if (!try_class(0, scale) || scale == low) return best_scale_;
-    }
-  }
-
-  // Then the mean, from small to large for as long as it pays, at that scale and its neighbours.
-  KVS_DEVICE void find_mean(std::int32_t scale) {
-    const std::int32_t last = scale < 511 ? scale + 1 : 511;
-    for (std::int32_t near = scale > 0 ? scale - 1 : 0; near <= last; ++near) {
-      last_ = kDear;
-      for (std::int32_t mean = 1; mean < static_cast<std::int32_t>(kTables) / 2; ++mean) {
-        if (!try_class(mean, near)) break;
-      }
-    }
-  }
-
-  KVS_DEVICE std::uint32_t table() const {
-    return static_cast<std::uint32_t>(2 * best_mean_ + best_scale_ % 2);
-  }
-  KVS_DEVICE std::uint32_t top() const { return static_cast<std::uint32_t>(best_scale_ / 2); }
-
- private:
-  static constexpr std::int32_t kDear = 0x7FFFFFFF;
-
-  // Keeps the class if it is the best so far. True if it is no dearer than the one tried before.
-  KVS_DEVICE bool try_class(std::int32_t mean, std::int32_t scale) {
-    const std::int32_t cost = cost_of(costs_ + (2 * mean + scale % 2) * class_cost::kStride, scale | 1);
-    if (cost < least_) {
-      least_ = cost;
-      best_mean_ = mean;
-      best_scale_ = scale;
-    }
-    const bool cheaper = cost <= last_;
-    last_ = cost;
-    return cheaper;
-  }
-
-  // Of a table whose first step is the half octave `first`.
-  KVS_DEVICE std::int32_t cost_of(const std::uint32_t* costs, std::int32_t first) const {
+  KVS_DEVICE std::int32_t operator()(std::uint32_t table, std::uint32_t top) const {
+    const std::uint32_t* costs = costs_ + table * class_cost::kStride;
+    const std::uint32_t first = 2 * top + 1;  // the half octave of its first step
     std::int32_t saved = 0;
     KVS_UNROLL_BY_FOUR for (std::uint32_t step = 0; step < class_cost::kSteps; ++step) {
-      const std::uint32_t both = counts_.at(first - static_cast<std::int32_t>(step));
+      const std::uint32_t both = counts_.at(static_cast<std::int32_t>(first - step));
       const std::uint32_t savings = costs[step];
       saved +=
           static_cast<std::int32_t>(both >> turn_ & 0xFFFF) * static_cast<std::int16_t>(savings & 0xFFFF);
@@ -264,11 +199,11 @@ class ClassSearch {
     return tokens_ * static_cast<std::int32_t>(costs[class_cost::kSteps]) + saved;
   }
 
+ private:
   const LaneCounts& counts_;
   const std::uint32_t* costs_;
   std::uint32_t turn_;
   std::int32_t tokens_;
-  std::int32_t least_ = kDear, last_ = kDear, best_mean_ = 0, best_scale_ = 0;
 };
 
 // A component's class in 16 bits: table in bits 0-3, flip in bit 4, top in bits 8-15.
@@ -285,8 +220,9 @@ KVS_DEVICE std::uint32_t choose_class(const LaneCounts& counts, const Glance& se
   const std::int32_t upper = window.find_upper(static_cast<std::int32_t>(seen.largest >> 7));
   window.cover(upper);
   const bool flip = static_cast<std::int32_t>(2 * seen.negative) > tokens;
-  ClassSearch search(counts, costs, flip, tokens);
-  search.find_mean(search.find_scale(upper));
+  const LaneCost cost(counts, costs, flip, tokens);
+  ClassSearch search(cost);
+  search.run(static_cast<std::uint32_t>(upper));
   return pack_class(search.table(), flip, search.top());
 }
 

@@ -1,18 +1,14 @@
 // What the encode kernels share: a head's sizes, its scratch, and the way from pages to tiles of values.
 #pragma once
 
-#include "../rans.h"
 #include "launch.h"
 #include "pages.h"
 #include "simt.h"
+#include "sizes.h"
 
 namespace kvs {
 
 inline constexpr std::uint32_t kTileTokens = 8;
-
-KVS_HOST_DEVICE std::uint64_t round_up(std::uint64_t value, std::uint64_t to) {
-  return (value + to - 1) / to * to;
-}
 
 // A head's components are [layer][K or V][dim]; block b has those from 32 b on, one to a lane.
 struct HeadSize {

@@ -73,11 +73,9 @@ template <typename Multiply>
 int multiply(const Call& call, std::uint32_t item_bytes) {
   const KvsScalableEncodeTotals& totals = call.totals;
   const auto tiles = [](std::uint32_t extent) { return (extent + Multiply::kTile - 1) / Multiply::kTile; };
-  const Multiply kernel{
-      call.jobs,  totals.jobs, totals.products, tiles(totals.tokens), tiles(totals.components),
-      call.pages, item_bytes};
-  const std::uint64_t of_job = std::uint64_t{totals.products} * kernel.token_tiles * kernel.component_tiles;
-  return call.spread_blocks(kernel, totals.jobs * of_job);
+  const ProductTiles of_job{totals.products, tiles(totals.tokens), tiles(totals.components)};
+  const Multiply kernel{call.jobs, totals.jobs, of_job, call.pages, item_bytes};
+  return call.spread_blocks(kernel, totals.jobs * of_job.count());
 }
 
 template <DeviceDtype dtype>

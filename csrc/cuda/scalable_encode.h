@@ -6,6 +6,7 @@
 #include "pages.h"
 #include "scalable_values.h"
 #include "simt.h"
+#include "sizes.h"
 
 namespace kvs {
 
@@ -38,10 +39,6 @@ inline constexpr float kLargest = 9.0f * kMostBase - 9;  // components of this m
 inline constexpr std::uint32_t kMostExact = 0xFFFE;      // exact tokens of a stream that is not raw
 inline constexpr std::uint32_t kMarkRaw = 0xFFFF;
 
-KVS_HOST_DEVICE std::uint64_t round_up_to(std::uint64_t value, std::uint64_t to) {
-  return (value + to - 1) / to * to;
-}
-
 struct EncodeSize {
   std::uint32_t tokens, dim, planes, numbers, components, item_bytes, levels;
 
@@ -51,7 +48,7 @@ struct EncodeSize {
     return {job.tokens, dim, planes, planes * dim, job.components, item_bytes, job.levels};
   }
   KVS_HOST_DEVICE std::uint64_t raw_bytes() const { return std::uint64_t{tokens} * numbers * item_bytes; }
-  KVS_HOST_DEVICE std::uint64_t raw_stream() const { return round_up_to(12 + raw_bytes(), 4); }
+  KVS_HOST_DEVICE std::uint64_t raw_stream() const { return round_up(12 + raw_bytes(), 4); }
 };
 
 // What the kernels found out about a stream, at the beginning of its scratch.
@@ -80,13 +77,13 @@ struct EncodedBase {
     base.means = 12 + (calibrated ? 0 : 4ull * size.planes);
     base.classes = base.means + (calibrated ? 0 : size.numbers);
     base.classes_end = base.classes + (coded.explicit_classes ? size.components : 0);
-    base.states = round_up_to(base.classes_end, 4);
+    base.states = round_up(base.classes_end, 4);
     base.words = base.states + 4ull * coded.lanes(size.levels);
     base.escapes = base.words + 2ull * coded.words[0];
     base.tokens = base.escapes + 2ull * coded.escapes;
     base.values = base.tokens + 2ull * coded.exact;
     base.values_end = base.values + std::uint64_t{coded.exact} * size.numbers * size.item_bytes;
-    base.end = round_up_to(base.values_end, 4);
+    base.end = round_up(base.values_end, 4);
     return base;
   }
 };
@@ -101,7 +98,7 @@ class EncodeScratch {
   KVS_HOST_DEVICE EncodeScratch(const EncodeSize& size, bool calibrated, bool matrix, std::uint64_t at)
       : begin_(at) {
     const std::uint64_t tokens = size.tokens, numbers = size.numbers, components = size.components;
-    const std::uint64_t rows = round_up_to(components, kLanes);
+    const std::uint64_t rows = round_up(components, kLanes);
     const std::uint64_t planes = calibrated ? 0 : size.planes;
     const std::uint64_t words = size.raw_bytes() + kSlack, floats = 4 * tokens * numbers + 16;
     take(stream_, sizeof(EncodedStream));
@@ -121,7 +118,7 @@ class EncodeScratch {
     take(y_, matrix ? 4 * tokens * components : 0);
     take(shrink_, matrix ? 4 * tokens : 0);
     take(x_, floats > words ? floats : words);
-    x_low_ = x_ + round_up_to(2 * tokens * numbers, 16);
+    x_low_ = x_ + round_up(2 * tokens * numbers, 16);
     words_end_ = x_ + words / 2 * 2;
   }
 
@@ -156,7 +153,7 @@ class EncodeScratch {
  private:
   KVS_HOST_DEVICE void take(std::uint64_t& place, std::uint64_t bytes) {
     place = end_;
-    end_ += round_up_to(bytes, 16);
+    end_ += round_up(bytes, 16);
   }
   template <typename Value>
   KVS_DEVICE Value* at(std::uint64_t place) const {
@@ -171,6 +168,40 @@ class EncodeScratch {
 KVS_DEVICE EncodeScratch scratch_of(const KvsScalableEncodeJob& job, const EncodeSize& size) {
   return {size, job.calibrated != 0, job.matrix_bytes != 0, job.scratch};
 }
+
+// work(job, token) by a warp for each token of each job, of which none has more than `tokens`.
+template <typename Work>
+KVS_DEVICE void each_token(const KvsScalableEncodeJob* jobs, std::uint32_t count, std::uint32_t tokens,
+                           const Work& work) {
+  const std::uint64_t all = std::uint64_t{count} * tokens;
+  const std::uint64_t step = std::uint64_t{simt::blocks()} * simt::warps();
+  for (std::uint64_t i = std::uint64_t{simt::block()} * simt::warps() + simt::warp(); i < all; i += step) {
+    const KvsScalableEncodeJob& job = jobs[i / tokens];
+    const auto token = static_cast<std::uint32_t>(i % tokens);
+    if (token < job.tokens) work(job, token);
+  }
+}
+
+// The tiles that products are made in: of a job, the most.
+struct ProductTiles {
+  std::uint32_t planes, tokens, components;
+
+  KVS_HOST_DEVICE std::uint64_t count() const { return std::uint64_t{planes} * tokens * components; }
+
+  // work(job, plane, tile of tokens, tile of components) by a block for each of those jobs whose matrix is of
+  // elements of `bytes`; which of them there are is the work's to know.
+  template <typename Work>
+  KVS_DEVICE void each(const KvsScalableEncodeJob* jobs, std::uint32_t number, std::uint32_t bytes,
+                       const Work& work) const {
+    const std::uint64_t of_job = count();
+    for (std::uint64_t i = simt::block(); i < number * of_job; i += simt::blocks()) {
+      const KvsScalableEncodeJob& job = jobs[i / of_job];
+      const auto tile = static_cast<std::uint32_t>(i % of_job);
+      if (job.matrix_bytes != bytes) continue;
+      work(job, tile / (tokens * components), tile / components % tokens, tile % components);
+    }
+  }
+};
 
 // The values of one of a job's planes, which are its numbers [plane * dim, + dim): those of the first token
 // of the first block.

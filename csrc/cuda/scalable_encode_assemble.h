@@ -130,7 +130,7 @@ struct AssembleStreams {
 
   // Zeros from `at` to the next multiple of 4 from the stream's start on.
   KVS_DEVICE static void pad(std::uint8_t* to, std::uint64_t at, std::uint32_t first) {
-    const std::uint64_t end = round_up_to(at, 4);
+    const std::uint64_t end = round_up(at, 4);
     if (first < end - at) to[at + first] = 0;
   }
 

@@ -5,6 +5,7 @@
 // in the same order; logarithms and powers come as tables from the host.
 #pragma once
 
+#include "class_sort.h"
 #include "device_memory.h"
 #include "launch.h"
 #include "scalable_encode.h"
@@ -216,45 +217,22 @@ struct ClassStreams {
     });
   }
 
-  // Components by class, largest first, those of one class by their number: a counting sort by one warp,
-  // whose first lane learns how many are coded.
+  // The order of coding, by one warp, whose first lane learns how many are coded.
   KVS_DEVICE void sort(const Stream& stream, EncodedStream& found) const {
     const std::uint8_t* classes = stream.scratch.classes();
-    const std::uint32_t lane = simt::lane(), components = stream.size.components;
+    std::uint16_t* order = stream.scratch.order();
     const std::uint32_t least = tables->first[stream.size.levels - 1];
-    for (std::uint32_t k = lane; k < kClasses; k += simt::kWarp) counters()[k] = 0;
-    simt::sync_warp();
-    for (std::uint32_t c = lane; c < components; c += simt::kWarp) {
-      simt::atomic_add(&counters()[classes[c]], 1);
-    }
-    simt::sync_warp();
-    if (lane == 0) {
-      std::uint32_t begin = 0;
-      for (std::uint32_t k = kClasses; k-- > 0;) {
-        const std::uint32_t number = counters()[k];
-        counters()[k] = begin;
-        begin += number;
-        KVS_UNROLL for (std::uint32_t level = 0; level < kLevels; ++level) {
-          if (k >= tables->first[level]) found.coded[level] = begin;
-        }
-      }
-    }
-    simt::sync_warp();
-    for (std::uint32_t begin = 0; begin < components; begin += simt::kWarp) {
-      const bool there = begin + lane < components;
-      const std::uint32_t k = there ? classes[begin + lane] : 63;
-      std::uint32_t same = 0xFFFFFFFFu;
-      for (std::uint32_t bit = 0; bit < 6; ++bit) {
-        const std::uint32_t set = simt::ballot(k >> bit & 1);
-        same &= k >> bit & 1 ? set : ~set;
-      }
-      const std::uint32_t rank = simt::count_bits(same & simt::lanes_before());
-      const std::uint32_t place = there ? counters()[k] + rank : 0;
-      simt::sync_warp();
-      if (there && rank == 0) counters()[k] += simt::count_bits(same);
-      simt::sync_warp();
-      if (there && k >= least) stream.scratch.order()[place] = static_cast<std::uint16_t>(begin + lane);
-    }
+    sort_by_class(
+        stream.size.components, counters(),
+        [classes](std::uint32_t c) -> std::uint32_t { return classes[c]; },
+        [&](std::uint32_t k, std::uint32_t end) {
+          KVS_UNROLL for (std::uint32_t level = 0; level < kLevels; ++level) {
+            if (k >= tables->first[level]) found.coded[level] = end;
+          }
+        },
+        [=](std::uint32_t place, std::uint32_t c, std::uint32_t k) {
+          if (k >= least) order[place] = static_cast<std::uint16_t>(c);
+        });
   }
 
   KVS_DEVICE static void list_exact(const Stream& stream) {

@@ -17,26 +17,22 @@ struct MultiplyFloats {
   static constexpr std::uint32_t kSharedBytes = 2 * 4 * kSlice * kPitch;
 
   const KvsScalableEncodeJob* jobs;
-  std::uint32_t count, planes;  // planes: matrices of a job, the most
-  std::uint32_t token_tiles, component_tiles;
+  std::uint32_t count;
+  ProductTiles tiles;
   KvsPages pages;
   std::uint32_t item_bytes;
 
   KVS_DEVICE void operator()() const {
-    const std::uint64_t of_job = std::uint64_t{planes} * token_tiles * component_tiles;
-    for (std::uint64_t i = simt::block(); i < count * of_job; i += simt::blocks()) {
-      const KvsScalableEncodeJob& job = jobs[i / of_job];
-      const auto tile = static_cast<std::uint32_t>(i % of_job);
-      if (job.matrix_bytes != 4) continue;
-      const EncodeSize size = EncodeSize::of(job, pages.dim, item_bytes);
-      const std::uint32_t plane = tile / (token_tiles * component_tiles);
-      const std::uint32_t token = tile / component_tiles % token_tiles * kTile;
-      const std::uint32_t component = tile % component_tiles * kTile;
-      const bool head = job.span == 1;
-      if (plane >= (head ? size.planes : 1) || token >= size.tokens) continue;
-      if (component >= (head ? size.dim : size.components)) continue;
-      multiply(job, size, plane, token, component);
-    }
+    tiles.each(jobs, count, 4,
+               [this](const KvsScalableEncodeJob& job, std::uint32_t plane, std::uint32_t token_tile,
+                      std::uint32_t component_tile) {
+                 const EncodeSize size = EncodeSize::of(job, pages.dim, item_bytes);
+                 const std::uint32_t token = token_tile * kTile, component = component_tile * kTile;
+                 const bool head = job.span == 1;
+                 if (plane >= (head ? size.planes : 1) || token >= size.tokens) return;
+                 if (component >= (head ? size.dim : size.components)) return;
+                 multiply(job, size, plane, token, component);
+               });
   }
 
  private:

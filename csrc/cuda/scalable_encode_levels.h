@@ -75,7 +75,7 @@ struct CodeLevels {
     std::uint64_t level[kLevels] = {EncodedBase::of(size, job.calibrated != 0, stream).end, 0, 0};
     std::uint64_t all = level[0];
     for (std::uint32_t i = 1; i < size.levels; ++i) {
-      level[i] = 4 + round_up_to(2ull * stream.words[i], 4);
+      level[i] = 4 + round_up(2ull * stream.words[i], 4);
       all += level[i];
     }
     if (all >= size.raw_bytes()) stream.raw = 1;

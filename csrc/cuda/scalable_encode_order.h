@@ -21,13 +21,8 @@ struct OrderNumbers {
   std::uint32_t item_bytes;
 
   KVS_DEVICE void operator()() const {
-    const std::uint64_t all = std::uint64_t{count} * tokens;
-    const std::uint64_t step = std::uint64_t{simt::blocks()} * simt::warps();
-    for (std::uint64_t i = std::uint64_t{simt::block()} * simt::warps() + simt::warp(); i < all; i += step) {
-      const KvsScalableEncodeJob& job = jobs[i / tokens];
-      const auto token = static_cast<std::uint32_t>(i % tokens);
-      if (token < job.tokens) order(job, token);
-    }
+    each_token(jobs, count, tokens,
+               [this](const KvsScalableEncodeJob& job, std::uint32_t token) { order(job, token); });
   }
 
  private:
@@ -43,7 +38,7 @@ struct OrderNumbers {
     const std::uint64_t stride = std::uint64_t{size.tokens} * kLanes;
     const std::uint32_t coded = found.last(size.levels), of_base = found.coded[0], of_middle = found.coded[1];
     const std::uint16_t* order = scratch.order();
-    for (std::uint32_t c = simt::lane(); c < round_up_to(coded, kLanes); c += kLanes, to += stride) {
+    for (std::uint32_t c = simt::lane(); c < round_up(coded, kLanes); c += kLanes, to += stride) {
       std::int32_t number = c < coded && !exact ? from[load_constant(order + c)] : 0;
       // Beyond these, coarser levels would not be 0.
       const std::int32_t most = c < of_base ? 9 * kMostBase + 4 : c < of_middle ? 4 : 1;

@@ -5,7 +5,6 @@
 #include "device_memory.h"
 #include "launch.h"
 #include "scalable_encode.h"
-#include "scalable_encode_tensor.h"
 
 namespace kvs {
 
@@ -37,13 +36,8 @@ struct PrepareTokens {
   KvsPages pages;
 
   KVS_DEVICE void operator()() const {
-    const std::uint64_t all = std::uint64_t{count} * tokens;
-    const std::uint64_t step = std::uint64_t{simt::blocks()} * simt::warps();
-    for (std::uint64_t i = std::uint64_t{simt::block()} * simt::warps() + simt::warp(); i < all; i += step) {
-      const KvsScalableEncodeJob& job = jobs[i / tokens];
-      const auto token = static_cast<std::uint32_t>(i % tokens);
-      if (token < job.tokens) prepare(job, token);
-    }
+    each_token(jobs, count, tokens,
+               [this](const KvsScalableEncodeJob& job, std::uint32_t token) { prepare(job, token); });
   }
 
  private:
@@ -91,8 +85,8 @@ struct PrepareTokens {
   KVS_DEVICE void split(Token& token, float grow, std::uint16_t* high, std::uint16_t* low) const {
     each(token, [=](std::uint32_t i, float value) {
       const float grown = grow != 0 ? value * grow : 0;
-      const std::uint32_t rounded = round_to_half(grown);
-      const std::uint32_t left = round_to_half(grown - widen_float16_bits(rounded));
+      const std::uint32_t rounded = round_to_float16(grown);
+      const std::uint32_t left = round_to_float16(grown - widen_float16_bits(rounded));
       store_value(high + i, static_cast<std::uint16_t>(rounded));
       store_value(low + i, static_cast<std::uint16_t>(left));
     });

@@ -9,7 +9,7 @@
 
 #include "launch.h"
 #include "scalable_encode.h"
-#include "scalable_encode_tensor.h"
+#include "scalable_tensor.h"
 
 namespace kvs {
 
@@ -26,22 +26,19 @@ struct MultiplyTokens {
   static constexpr std::uint32_t kRows = kOwnTokens / 16, kColumns = kOwnComponents / 8;
 
   const KvsScalableEncodeJob* jobs;
-  std::uint32_t count, planes;  // planes: products of a job, the most
-  std::uint32_t token_tiles, component_tiles;
+  std::uint32_t count;
+  ProductTiles tiles;
   KvsPages pages;
   std::uint32_t item_bytes;
 
   KVS_DEVICE void operator()() const {
-    const std::uint64_t of_job = std::uint64_t{planes} * token_tiles * component_tiles;
-    for (std::uint64_t i = simt::block(); i < count * of_job; i += simt::blocks()) {
-      const KvsScalableEncodeJob& job = jobs[i / of_job];
-      if (job.matrix_bytes != 2) continue;
-      const auto tile = static_cast<std::uint32_t>(i % of_job);
-      const Product product(job, EncodeSize::of(job, pages.dim, item_bytes),
-                            tile / (token_tiles * component_tiles),
-                            tile / component_tiles % token_tiles * kTile, tile % component_tiles * kTile);
-      if (product.tokens != 0 && product.components != 0) multiply(product);
-    }
+    tiles.each(jobs, count, 2,
+               [this](const KvsScalableEncodeJob& job, std::uint32_t plane, std::uint32_t token_tile,
+                      std::uint32_t component_tile) {
+                 const Product product(job, EncodeSize::of(job, pages.dim, item_bytes), plane,
+                                       token_tile * kTile, component_tile * kTile);
+                 if (product.tokens != 0 && product.components != 0) multiply(product);
+               });
   }
 
  private:
@@ -169,7 +166,7 @@ struct MultiplyTokens {
     }
   }
 
-  // Fragments as add_product_of_halves wants them: lane 4 g + p has pairs of numbers of row g.
+  // Operands as add_tensor_product wants them, A turned: lane 4 g + p has pairs of numbers of row g.
   KVS_DEVICE static std::uint32_t load_pair(std::uint32_t part, std::uint32_t row, std::uint32_t k) {
     const std::uint16_t* from =
         shared_part(part) + (row + simt::lane() / 4) * kPitch + k + simt::lane() % 4 * 2;
@@ -189,12 +186,12 @@ struct MultiplyTokens {
     }
     KVS_UNROLL for (std::uint32_t column = 0; column < kColumns; ++column) {
       if (column >= columns) break;
-      const std::uint32_t matrix[2] = {load_pair(2, component + column * 8, k),
-                                       load_pair(2, component + column * 8, k + 8)};
+      const std::uint32_t first = load_pair(2, component + column * 8, k);
+      const std::uint32_t second = load_pair(2, component + column * 8, k + 8);
       KVS_UNROLL for (std::uint32_t row = 0; row < kRows; ++row) {
         if (row >= rows) break;
-        add_product_of_halves(sums[row][column], x[0][row], matrix);
-        add_product_of_halves(sums[row][column], x[1][row], matrix);
+        add_tensor_product(sums[row][column], x[0][row], first, second);
+        add_tensor_product(sums[row][column], x[1][row], first, second);
       }
     }
   }

@@ -21,17 +21,6 @@
 
 namespace kvs {
 
-// The bits of the nearest float16 of each, `first` in the lower half.
-KVS_HOST_DEVICE std::uint32_t round_to_float16s(float first, float second) {
-#ifdef __CUDA_ARCH__
-  std::uint32_t found;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(found) : "f"(second), "f"(first));
-  return found;
-#else
-  return narrow_to_float16(first) | static_cast<std::uint32_t>(narrow_to_float16(second)) << 16;
-#endif
-}
-
 #ifdef __CUDACC__
 
 KVS_DEVICE void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b_first,
@@ -106,7 +95,13 @@ inline void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], st
         widen_float16_bits((i / 2 ? b_second : b_first) >> 16 * (i % 2) & 0xFFFF);
   emulator::meet_warp(emulator::Meeting::kMatrix, 0, [&](const std::uint32_t*, std::uint32_t) {
     for (std::uint32_t i = 0; i < 4; ++i) {
-      for (std::uint32_t k = 0; k < 16; ++k) sums[i] += given.a[g + i / 2 * 8][k] * given.b[k][2 * p + i % 2];
+      for (std::uint32_t begin = 0; begin < 16; begin += 8) {
+        double products[8];
+        for (std::uint32_t k = 0; k < 8; ++k)
+          products[k] =
+              static_cast<double>(given.a[g + i / 2 * 8][begin + k]) * given.b[begin + k][2 * p + i % 2];
+        sums[i] = add_cut_off(sums[i], products);
+      }
     }
     return 0u;
   });
