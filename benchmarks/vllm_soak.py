@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples"), str(HERE.parent / "tests")]
@@ -41,6 +42,7 @@ QUICK = {
     "KVSTORE_S3_REQUEST_DEADLINE_S": "4",
     "KVSTORE_S3_BREAKER_PAUSE_S": "0.3",
     "KVSTORE_S3_BUFFER_BYTES": str(16 << 20),
+    "KVSTORE_S3_MULTIPART_BYTES": str(5 << 20),
 }
 """Settings with which the store's failures pass in seconds, so that many fit into a run."""
 
@@ -54,6 +56,9 @@ def main() -> int:
     )
     parser.add_argument("--by-layer", action="store_true", help="load by layer instead of between steps")
     parser.add_argument("--prefix-cache", action="store_true", help="with the engine's own prefix cache, off otherwise")
+    parser.add_argument(
+        "--wide", action="store_true", help="KV of 128 KiB a token, so that chunks are uploaded in parts; ask for fewer"
+    )
     parser.add_argument("--out", type=Path, help="keep the result here and not with the other results")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -70,7 +75,7 @@ def main() -> int:
 
 
 def soak(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
-    model = write_model(directory / "model")
+    model = write_model(directory / "model", wide=options.wide)
     job = {"model": str(model), "requests": options.requests, "seed": options.seed, "aborts": 0.0, "extra": None}
     job["prefix_cache"] = options.prefix_cache
     expected = start_engine(job, {})
@@ -80,22 +85,24 @@ def soak(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         extra = {"store": f"s3://{BUCKET}/soak", "chunk_tokens": CHUNK_TOKENS, "admission": "always"}
         if options.by_layer:
             extra["load_mode"] = "by-layer"
-        with making_faults(proxy, options.period_s, options.seed) as faults:
+        with making_faults(proxy, options.period_s, options.seed) as (faults, uploaded):
             found = start_engine({**job, "aborts": 0.15, "extra": extra}, environment)
-        with server.client() as client:
-            uploads = len(client._list_multipart_uploads(BUCKET, prefix="soak").uploads)
+        with server.client() as client:  # MinIO lists those of one key, named in whole
+            left = sum(len(client._list_multipart_uploads(BUCKET, prefix=key).uploads) for key in sorted(uploaded))
     wrong = [name for name, tokens in found["answers"].items() if tokens != expected["answers"][name]]
     counts = {name: value for name, value in found["counters"].items() if "kvstore" in name or "preempt" in name}
     return {
         "requests": options.requests,
         "load_mode": "by-layer" if options.by_layer else "async",
         "prefix_cache": options.prefix_cache,
+        "wide": options.wide,
         "finished": len(found["answers"]),
         "aborted": found["aborted"],
         "wrong_answers": len(wrong),
         "wrong": wrong[:20],
         "tokens_compared": sum(map(len, found["answers"].values())),
-        "left_behind": {**found["left_behind"], "uploads": uploads},
+        "left_behind": {**found["left_behind"], "uploads": left},
+        "objects_uploaded_in_parts": len(uploaded),
         "faults": dict(faults),
         "seconds": {"without": expected["seconds"], "with": found["seconds"]},
         "counters": dict(sorted(counts.items())),
@@ -103,10 +110,17 @@ def soak(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def making_faults(proxy: FaultProxy, period_s: float, seed: int) -> Iterator[dict[str, int]]:
-    """One fault after the other, with calm in between, until the end. Gives how often each came."""
-    ended, times = threading.Event(), dict.fromkeys(FAULTS, 0)
+def making_faults(proxy: FaultProxy, period_s: float, seed: int) -> Iterator[tuple[dict[str, int], set[str]]]:
+    """One fault after the other, with calm in between, until the end. Gives how often each came, and the keys of
+    uploads in parts."""
+    ended, times, uploaded = threading.Event(), dict.fromkeys(FAULTS, 0), set[str]()
     chance = random.Random(seed)
+
+    def clear() -> None:
+        for seen in list(proxy.requests):
+            if seen.operation == "CreateMultipartUpload":
+                uploaded.add(unquote(urlsplit(seen.request.path).path).removeprefix(f"/{BUCKET}/"))
+        proxy.clear()
 
     def make() -> None:
         ended.wait(period_s)
@@ -117,17 +131,17 @@ def making_faults(proxy: FaultProxy, period_s: float, seed: int) -> Iterator[dic
             times[name] += 1
             FAULTS[name](proxy)
             ended.wait(period_s)
-            proxy.clear()
+            clear()
             ended.wait(3 * period_s)  # the store is trusted again after a while
 
     thread = threading.Thread(target=make, name="faults")
     thread.start()
     try:
-        yield times
+        yield times, uploaded
     finally:
         ended.set()
         thread.join()
-        proxy.clear()
+        clear()
 
 
 FAULTS = {
@@ -266,7 +280,7 @@ def read_counters(llm: Any) -> dict[str, float]:
     return totals
 
 
-def write_model(path: Path) -> Path:
+def write_model(path: Path, *, wide: bool) -> Path:
     """A small Llama with fixed random weights, large enough that each token depends on all before it."""
     import torch
     import transformers
@@ -276,10 +290,10 @@ def write_model(path: Path) -> Path:
         vocab_size=1024,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_hidden_layers=4 if wide else 3,
+        num_attention_heads=16 if wide else 4,
+        num_key_value_heads=16 if wide else 2,
+        head_dim=256 if wide else 32,
         max_position_embeddings=4096,
         initializer_range=0.2,
         dtype="float32",
