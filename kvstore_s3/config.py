@@ -125,7 +125,7 @@ class Settings(BaseSettings):
 
     device_buffer_bytes: Annotated[int, Field(ge=6 * MiB)] = 128 * MiB
     """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels. Saves out of its
-    memory take half as much, for encoded bytes on their way from there."""
+    memory take half as much, for encoded bytes on their way from there, and up to twice as much for a calibration."""
 
     device_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a GPU's multiprocessors whose room decoding and encoding may fill at once; an engine's kernels have the
