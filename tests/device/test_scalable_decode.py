@@ -102,7 +102,7 @@ def assert_close(found: Bits, expected: Bits, dtype: str = "bfloat16") -> None:
     before_rounding = 2.0**-20 * np.abs(two).max(initial=0)
     assert np.all(np.abs(one - two) <= unit + before_rounding)
     if dtype == "bfloat16":
-        assert np.count_nonzero(one != two) <= max(2, 2e-3 * one.size)
+        assert np.count_nonzero(one != two) <= max(2, 5e-3 * one.size)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
