@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-DIRECTORY = "KVSTORE_S3_BENCH_CALLS"
+DIRECTORY = "BENCH_VLLM_CALLS"
 """The environment's name for the directory of the files."""
 NOTHING: Mapping[str, float] = {"scheduler": 0.0, "worker": 0.0, "waiting": 0.0}
 """Seconds in the connector's calls on the threads of the scheduler and of the worker, and of requests not scheduled

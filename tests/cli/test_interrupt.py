@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +30,28 @@ class Stopped:
     err: str
 
 
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[signal.Signals, Future[Stopped]]]:
+    """A run for each signal, beside each other: starting one takes most of its time."""
+    folders = {number: tmp_path_factory.mktemp(number.name) for number in (signal.SIGKILL, signal.SIGINT)}
+    with ThreadPoolExecutor(len(folders)) as pool:
+        yield {
+            number: pool.submit(stop_in_its_middle, number, folder, tiny_model) for number, folder in folders.items()
+        }
+
+
 @pytest.fixture(params=[signal.SIGKILL, signal.SIGINT], ids=lambda number: number.name)
-def stopped(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+def stopped(request: pytest.FixtureRequest, runs: dict[signal.Signals, Future[Stopped]]) -> Stopped:
+    return runs[request.param].result(180)
+
+
+def stop_in_its_middle(number: signal.Signals, parent: Path, model: Path) -> Stopped:
     """A run stopped after its first step. One that was done before the signal reached it is made again, longer."""
     documents = 12
     while True:
-        run_ = stop(request.param, tmp_path_factory.mktemp(request.param.name), documents, tiny_model)
+        folder = parent / str(documents)
+        folder.mkdir()
+        run_ = stop(number, folder, documents, model)
         if f"{documents}/{documents} docs.jsonl" not in run_.err:
             return run_
         assert documents < 5000, "a run of thousands of documents ended before a signal could reach it"
