@@ -87,6 +87,23 @@ def test_kernels_that_are_new_or_gone_are_named(budget: ModuleType) -> None:
     assert new.startswith("New: not in the budget")
 
 
+def test_architectures_that_are_no_longer_compiled_for_are_named(budget: ModuleType) -> None:
+    recorded = {"Decode": kernel(budget)}
+    recorded["Decode"].uses["sm_80"] = budget.Use(40, 0, 0)
+    (fault,) = budget.compare({"Decode": kernel(budget)}, recorded)
+    assert fault == "Decode: not compiled for sm_80 any more"
+    targets = ["compute_100", "sm_80", "sm_90"]
+    assert budget.compare_targets(targets, targets) == []
+    assert budget.compare_targets(["sm_80", "sm_90"], targets) == ["nothing was compiled for compute_100 any more"]
+    assert budget.compare_targets([*targets, "sm_75"], targets) == ["sm_75: compiled for, but not in the budget"]
+
+
 def test_blocks_that_do_not_fit_together_are_named(budget: ModuleType) -> None:
-    assert budget.check_shared({"Decode": kernel(budget, shared=113 * 1024, resident=2)}) == []
-    assert budget.check_shared({"Decode": kernel(budget, shared=114 * 1024, resident=2)}) != []
+    assert budget.check_shared({"DecodeLevels": kernel(budget, shared=113 * 1024, resident=2)}) == []
+    assert budget.check_shared({"DecodeLevels": kernel(budget, shared=114 * 1024, resident=2)}) != []
+
+
+def test_blocks_that_smaller_devices_refuse_are_named(budget: ModuleType) -> None:
+    assert budget.check_shared({"Decode": kernel(budget, shared=99 * 1024)}) == []
+    assert budget.check_shared({"Decode": kernel(budget, shared=100 * 1024)}) != []
+    assert budget.check_shared({"DecodeLevels": kernel(budget, shared=100 * 1024)}) == []

@@ -80,6 +80,10 @@ KVS_EXPORT int kvs_lossless_encode(const KvsLosslessEncodeJob* jobs /* device */
 // keeps the others; 0: all that there are. For the whole process, from any thread.
 KVS_EXPORT int kvs_limit_multiprocessors(std::uint32_t most);
 
+// Whether kernels can run on the current device: 0, or the cudaError_t that says why not (35: the driver is
+// older than the CUDA runtime that is linked in, 209: there is no code for this GPU). Launches nothing.
+KVS_EXPORT int kvs_probe(void);
+
 }  // extern "C"
 
 #include "scalable_api.h"

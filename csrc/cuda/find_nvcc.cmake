@@ -1,4 +1,4 @@
-# Sets CMAKE_CUDA_COMPILER (empty where there is none) and `toolkit_libraries`, where its libraries lie if nvcc itself
+# Sets CMAKE_CUDA_COMPILER (empty where there is none that serves; `nvcc_lacking` says why) and `toolkit_libraries`, where its libraries lie if nvcc itself
 # does not know. In this order: CMAKE_CUDA_COMPILER, CUDACXX, CUDA_HOME, PATH, the usual place, PyPI's nvidia-cuda-nvcc in
 # the site-packages of the Python that this is built with.
 
@@ -26,6 +26,15 @@ else()
 endif()
 
 set(toolkit_libraries "")
+set(nvcc_lacking "no nvcc works (looked in CUDACXX, CUDA_HOME, PATH, /usr/local/cuda and Python's packages)")
+if(nvcc)
+  execute_process(COMMAND "${nvcc}" --version OUTPUT_VARIABLE nvcc_says ERROR_QUIET RESULT_VARIABLE nvcc_failed)
+  if(nvcc_says MATCHES "release ([0-9.]+)" AND CMAKE_MATCH_1 VERSION_LESS 12.0)
+    set(nvcc_lacking "${nvcc} is of CUDA ${CMAKE_MATCH_1}, and C++20 takes 12.0 or newer")
+    set(nvcc "")
+    set(CMAKE_CUDA_COMPILER "")
+  endif()
+endif()
 if(nvcc)
   # PyPI's packages keep in lib what nvcc looks for in lib64; the host's linker looks where LIBRARY_PATH says.
   cmake_path(GET nvcc PARENT_PATH beside)

@@ -16,6 +16,8 @@
 
 #ifdef __CUDACC__
 #include <cuda_runtime_api.h>
+#else
+#include <memory>
 #endif
 
 // Constants that kernels index at run time.
@@ -45,6 +47,34 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
   kernel();
 }
 
+// The most shared memory that a block on the current device may have. Answers 0 or a cudaError_t.
+inline int find_shared_memory(std::uint32_t* bytes) {
+  int device = 0, found = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = static_cast<std::uint32_t>(found);
+  return error;
+}
+
+// Lets blocks of a kernel have the most shared memory that the current device gives one: once for each
+// device, since the call may wait for copies that are under way, and always the same, since launches by other
+// threads may rely on it. Answers 0 or a cudaError_t.
+template <typename Kernel>
+int raise_shared_memory() {
+  static std::atomic<std::uint64_t> raised = 0;  // a bit for each of the first devices
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const std::uint64_t own = device < 64 ? std::uint64_t{1} << device : 0;
+  if ((raised & own) != 0) return cudaSuccess;
+  std::uint32_t most = 0;
+  if (const int error = find_shared_memory(&most)) return error;
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(&run_kernel<Kernel>),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+  if (error == cudaSuccess) raised |= own;
+  return error;
+}
+
 // Queues `kernel` in `blocks` blocks of `threads` threads; no blocks are no launch. Answers 0 or a
 // cudaError_t of this call: errors that others left behind are neither reported nor cleared.
 template <typename Kernel>
@@ -53,13 +83,18 @@ int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, st
   if (blocks == 0) return cudaSuccess;
   const void* entry = reinterpret_cast<const void*>(&run_kernel<Kernel>);
   if (shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (const int error = raise_shared_memory<Kernel>()) return error;
   }
   void* arguments[] = {const_cast<Kernel*>(&kernel)};
   return cudaLaunchKernel(entry, dim3(blocks), dim3(threads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(stream));
+}
+
+// Whether the current device can run a kernel. Answers 0 or a cudaError_t.
+template <typename Kernel>
+int probe() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(&run_kernel<Kernel>));
 }
 
 // How many multiprocessors the current device has. Answers 0 or a cudaError_t.
@@ -73,15 +108,53 @@ inline int count_multiprocessors(std::uint32_t* count) {
 
 #else
 
+// Of the emulated device, as 9.0 has it; kvs_emulator_limit_shared makes it another.
+inline std::atomic<std::uint32_t> most_shared_memory = 227 * 1024;
+
+inline int find_shared_memory(std::uint32_t* bytes) {
+  *bytes = most_shared_memory;
+  return 0;
+}
+
+// Takes over a launch on a stream (not the default one), to call `end(launch, true)` when the stream has come
+// to it, which runs the kernel, or `end(launch, false)`, which forgets it; once.
+using Defer = void (*)(void* stream, void* launch, void (*end)(void* launch, bool run));
+
+// What kvs_emulator_defer was told; null: launches run at once.
+inline std::atomic<Defer> defer = nullptr;
+
+template <typename Kernel>
+struct Launch {
+  Kernel kernel;
+  std::uint32_t blocks, threads;
+  std::size_t shared_bytes;
+
+  static void end(void* launch, bool run) {
+    const std::unique_ptr<Launch> own{static_cast<Launch*>(launch)};
+    if (run) emulator::launch(own->kernel, own->blocks, own->threads, own->shared_bytes);
+  }
+};
+
 template <typename Kernel>
 int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes,
-           void*) {
+           void* stream) {
   if (threads > Kernel::kThreads) {
     std::fprintf(stderr, "kernel emulator: %u threads in a block that is compiled for %u\n", threads,
                  Kernel::kThreads);
     std::abort();
   }
-  emulator::launch(kernel, blocks, threads, shared_bytes);
+  if (shared_bytes > most_shared_memory) return 1;  // cudaErrorInvalidValue, as cudaFuncSetAttribute has it
+  const Defer later = defer;
+  if (later != nullptr && stream != nullptr) {
+    later(stream, new Launch<Kernel>{kernel, blocks, threads, shared_bytes}, Launch<Kernel>::end);
+  } else {
+    emulator::launch(kernel, blocks, threads, shared_bytes);
+  }
+  return 0;
+}
+
+template <typename Kernel>
+int probe() {
   return 0;
 }
 

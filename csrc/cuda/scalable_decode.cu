@@ -30,13 +30,16 @@ std::uint64_t parts(std::uint64_t whole, std::uint64_t part) { return (whole + p
 
 int decode_levels(const Call& call) {
   const KvsScalableTotals& totals = call.totals;
-  const DecodeLevels kernel{
-      call.jobs,          totals.jobs,  reinterpret_cast<const PackedTables*>(totals.tables),
-      totals.classes_end, call.numbers, call.order,
-      call.faults};
+  std::uint32_t most_bytes = 0;
+  if (const int error = find_shared_memory(&most_bytes)) return error;
   const Grid grid = spread<DecodeLevels>(totals.jobs, call.multiprocessors, 4);
-  const std::uint32_t warps = grid.threads / simt::kWarp;
-  const std::uint32_t bytes = DecodeLevels::shared_bytes(totals.first_class, totals.classes_end, warps);
+  const std::uint32_t warps = grid.threads / simt::kWarp, room = DecodeLevels::find_room(most_bytes, warps);
+  const DecodeLevels kernel{
+      call.jobs,          totals.jobs, reinterpret_cast<const PackedTables*>(totals.tables),
+      totals.classes_end, room,        call.numbers,
+      call.order,         call.faults};
+  const std::uint32_t bytes = DecodeLevels::shared_bytes(
+      DecodeLevels::shared_classes(totals.first_class, totals.classes_end, room), warps);
   return launch(kernel, grid.blocks, grid.threads, bytes, call.stream);
 }
 

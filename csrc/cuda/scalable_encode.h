@@ -126,8 +126,11 @@ class EncodeScratch {
 
   KVS_DEVICE EncodedStream& stream() const { return *at<EncodedStream>(stream_); }
   KVS_DEVICE std::uint32_t* states() const { return at<std::uint32_t>(states_); }
-  // 0 where a token is coded, 1 where it is exact, 2 where it is about to be.
+  // 0 where a token is coded, 1 where it is exact.
   KVS_DEVICE std::uint8_t* exact() const { return at<std::uint8_t>(exact_); }
+  // 1 where a token is about to be exact: apart, for threads mark tokens while others look who is exact.
+  // Where rows lie later.
+  KVS_DEVICE std::uint32_t* marks() const { return at<std::uint32_t>(rows_); }
   KVS_DEVICE std::uint16_t* exact_tokens() const { return at<std::uint16_t>(exact_tokens_); }
   KVS_DEVICE std::uint8_t* classes() const { return at<std::uint8_t>(classes_); }
   KVS_DEVICE std::uint16_t* order() const { return at<std::uint16_t>(order_); }

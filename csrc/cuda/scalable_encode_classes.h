@@ -103,12 +103,14 @@ struct ClassStreams {
   // How many tokens are coded. `marked`: those that were marked become exact first.
   KVS_DEVICE static std::uint32_t settle_tokens(const Stream& stream, bool marked) {
     std::uint8_t* exact = stream.scratch.exact();
+    std::uint32_t* marks = stream.scratch.marks();
     simt::sync_block();
     if (simt::thread() == 0) agreed()[0] = agreed()[1] = 0;
     simt::sync_block();
     std::uint32_t own = 0;
     for (std::uint32_t t = simt::thread(); t < stream.size.tokens; t += simt::threads()) {
-      if (marked && exact[t] == 2) exact[t] = 1;
+      if (marked && marks[t] != 0) exact[t] = 1;
+      if (!marked) marks[t] = 0;
       own += exact[t] == 0 ? 1 : 0;
     }
     if (own != 0) simt::atomic_add(agreed(), own);
@@ -135,7 +137,7 @@ struct ClassStreams {
   static constexpr float kRounder = 12582912.0f;
 
   KVS_DEVICE static Seen round(const Stream& stream, const ComponentValues& values, std::uint32_t c) {
-    std::uint8_t* exact = stream.scratch.exact();
+    const std::uint8_t* exact = stream.scratch.exact();
     std::int16_t* to = stream.scratch.rounded() + c;
     const std::uint64_t stride = stream.size.components;
     Seen seen{};
@@ -143,7 +145,7 @@ struct ClassStreams {
       const float magnitude = y < 0 ? -y : y;
       store_value(to + t * stride, static_cast<std::int16_t>(std::bit_cast<std::uint32_t>(y + kRounder)));
       if (!(magnitude < kLargest)) {
-        exact[t] = 2;
+        simt::atomic_max(stream.scratch.marks() + t, 1);
         seen.beyond = true;
       }
       seen.most = magnitude > seen.most ? magnitude : seen.most;

@@ -54,6 +54,7 @@ struct FitStreams {
     for (std::uint32_t p = simt::thread(); p < size.planes; p += simt::threads()) {
       fit.scratch.deviations()[p] = 0;
     }
+    for (std::uint32_t t = simt::thread(); t < size.tokens; t += simt::threads()) fit.scratch.marks()[t] = 0;
     for (std::uint32_t round = 0; round < kRounds; ++round) {
       fit.kept = count_kept(fit);
       if (fit.kept == 0) break;
@@ -95,10 +96,12 @@ struct FitStreams {
   // True where tokens were.
   KVS_DEVICE static bool drop_marked(const Fit& fit) {
     std::uint8_t* exact = fit.scratch.exact();
-    return count_tokens(fit, [exact](std::uint32_t t) {
-             const bool marked = exact[t] == 2;
-             if (marked) exact[t] = 1;
-             return marked ? 1u : 0u;
+    std::uint32_t* marks = fit.scratch.marks();
+    return count_tokens(fit, [exact, marks](std::uint32_t t) {
+             if (marks[t] == 0) return 0u;
+             exact[t] = 1;
+             marks[t] = 0;
+             return 1u;
            }) != 0;
   }
 
@@ -186,7 +189,7 @@ struct FitStreams {
   // Tokens far from the mean as a whole. A token can be that only if at least half of the others are nearer
   // than an eighth of the furthest's distance: rarely, so the median is rarely looked for.
   KVS_DEVICE static void mark_loud(const Fit& fit) {
-    std::uint8_t* exact = fit.scratch.exact();
+    const std::uint8_t* exact = fit.scratch.exact();
     for (std::uint32_t p = simt::warp(); p < fit.size.planes; p += simt::warps()) {
       const PlaneDistances distances{fit.scratch.distances() + p, exact, fit.size.tokens, fit.size.planes};
       double most = 0;
@@ -202,7 +205,7 @@ struct FitStreams {
       const std::uint32_t few = fit.kept / kMostLoud > 1 ? fit.kept / kMostLoud : 1;
       if (found > few) continue;
       distances.each([&](double distance, std::uint32_t t) {
-        if (distance > loud) exact[t] = 2;
+        if (distance > loud) simt::atomic_max(fit.scratch.marks() + t, 1);
       });
     }
   }
@@ -236,14 +239,14 @@ struct FitStreams {
     const double most = 0.5 * std::sqrt(static_cast<double>(std::uint64_t{fit.kept} * size.dim));
     const double least = most < kOutlier ? most : kOutlier,
                  limit = least > kLeastOutlier ? least : kLeastOutlier;
-    std::uint8_t* exact = fit.scratch.exact();
+    const std::uint8_t* exact = fit.scratch.exact();
     for (std::uint32_t t = simt::thread(); t < size.tokens; t += simt::threads()) {
       if (exact[t] == 1) continue;
       const double* furthest = fit.scratch.furthest() + std::uint64_t{t} * size.planes;
       bool far = false;
       for (std::uint32_t p = 0; p < size.planes; ++p)
         far |= furthest[p] > limit * fit.scratch.deviations()[p];
-      if (far) exact[t] = 2;
+      if (far) fit.scratch.marks()[t] = 1;
     }
   }
 

@@ -64,6 +64,7 @@ struct CodeLevels {
     }
     stream.escapes = to.escapes;
     if (simt::lane() < stream.lanes(size.levels)) scratch.states()[simt::lane()] = state;
+    simt::sync_warp();  // all have read what is overwritten
     if (simt::lane() == 0) {
       write_lengths(job, size, stream, length);
       scratch.stream() = stream;

@@ -15,8 +15,10 @@
 // KB each (frequent: most components are small; the others are read through L1), which begin at a multiple of
 // 4,096, so that a slot's address is put together from bits; for each warp 768 bytes: its words, and the
 // counters of the coding order before them. 112 KB at most, so that two blocks of 16 warps live on an SM of
-// 227 KB.
+// 227 KB; where a block may not have that much (99 KB on 8.6, 8.9 and 12.0), fewer tables are shared.
 #pragma once
+
+#include <algorithm>
 
 #include "scalable_order.h"
 #include "scalable_pops.h"
@@ -38,19 +40,24 @@ struct DecodeLevels {
   std::uint32_t count;
   const PackedTables* tables;
   std::uint32_t classes_end;  // of all jobs
+  std::uint32_t most_shared;  // classes whose tables have room in shared memory
   std::int16_t* numbers;
   std::uint32_t* order;
   std::uint32_t* faults;
 
   // How many tables of level 0 are in shared memory, from `first` on.
-  static KVS_HOST_DEVICE std::uint32_t shared_classes(std::uint32_t first, std::uint32_t classes_end) {
+  static KVS_HOST_DEVICE std::uint32_t shared_classes(std::uint32_t first, std::uint32_t classes_end,
+                                                      std::uint32_t most) {
     const std::uint32_t classes = classes_end > first ? classes_end - first : 0;
-    return classes < kMostShared ? classes : kMostShared;
+    return classes < most ? classes : most;
   }
-  static KVS_HOST_DEVICE std::uint32_t shared_bytes(std::uint32_t first, std::uint32_t classes_end,
-                                                    std::uint32_t warps) {
-    return kSlots + kThresholdBytes + shared_classes(first, classes_end) * kClassBytes +
-           warps * WordRing::kBytes;
+  static std::uint32_t shared_bytes(std::uint32_t classes, std::uint32_t warps) {
+    return kSlots + kThresholdBytes + classes * kClassBytes + warps * WordRing::kBytes;
+  }
+  // The most tables that a block of so many warps has room for in `bytes`.
+  static std::uint32_t find_room(std::uint32_t bytes, std::uint32_t warps) {
+    const std::uint32_t taken = shared_bytes(0, warps);
+    return bytes < taken ? 0 : std::min(kMostShared, (bytes - taken) / kClassBytes);
   }
 
   KVS_DEVICE void operator()() const;
@@ -107,7 +114,7 @@ struct DecodeLevels {
 KVS_DEVICE DecodeLevels::Shared DecodeLevels::load_tables() const {
   Shared shared{};
   shared.first = tables->first[0];
-  shared.classes = shared_classes(shared.first, classes_end);
+  shared.classes = shared_classes(shared.first, classes_end, most_shared);
   shared.slots = (shared_address() + kSlots - 1) / kSlots * kSlots;
   shared.entries = shared.slots + shared.classes * kSlots;
   shared.thresholds = shared.entries + shared.classes * 4 * kBaseSymbols;
@@ -119,9 +126,10 @@ KVS_DEVICE DecodeLevels::Shared DecodeLevels::load_tables() const {
   const auto* entries = tables->symbols[0] + shared.first * kBaseSymbols;
   for (std::uint32_t i = begin; i < shared.classes * kBaseSymbols; i += step)
     store_shared_32(shared.entries + 4 * i, turn_entry(entries[i]));
+  const auto* thresholds = reinterpret_cast<const std::uint32_t*>(tables->thresholds);
   for (std::uint32_t i = begin; i < kThresholdBytes / 8; i += step) {
     const std::uint32_t side = i % kSides, context = side < 3 ? 3 - side : side < 7 ? side - 3 : 3;
-    const std::uint32_t both = tables->thresholds[0][0][i / kSides * kContexts + context];
+    const std::uint32_t both = thresholds[i / kSides * kContexts + context];
     store_shared_32(shared.thresholds + 8 * i, both & 0xFFFF);
     store_shared_32(shared.thresholds + 8 * i + 4, both >> 16);
   }

@@ -84,6 +84,7 @@ inline float add_cut_off(float sum, const double (&products)[8]) {
 
 inline void add_tensor_product(float (&sums)[4], const std::uint32_t (&a)[4], std::uint32_t b_first,
                                std::uint32_t b_second) {
+  const emulator::races::Pause pause;
   static thread_local TensorOperands of_warps[32];
   TensorOperands& given = of_warps[simt::warp()];
   const std::uint32_t g = simt::lane() / 4, p = simt::lane() % 4;
@@ -121,8 +122,10 @@ inline void load_turned(std::uint32_t (&to)[4], std::uint32_t row) {
 struct LateCopy {
   std::uint8_t* to;
   const void* from;  // null: zeros
+  emulator::races::Moment begun;
 };
 
+// Within races::Pause.
 inline std::deque<std::vector<LateCopy> >& late_copies() {
   static thread_local std::vector<std::deque<std::vector<LateCopy> > > of_threads(1024);
   auto& own = of_threads[simt::thread()];
@@ -133,15 +136,22 @@ inline std::deque<std::vector<LateCopy> >& late_copies() {
 inline void copy_later(std::uint32_t to, const void* from, bool there) {
   if (to % 16 != 0 || (there && reinterpret_cast<std::uintptr_t>(from) % 16 != 0))
     emulator::stop("a copy into shared memory is not aligned to 16 bytes");
-  late_copies().back().push_back({at_shared<std::uint8_t>(to), there ? from : nullptr});
+  const emulator::races::Pause pause;
+  late_copies().back().push_back(
+      {at_shared<std::uint8_t>(to), there ? from : nullptr, emulator::current().moment});
 }
 
-inline void end_batch() { late_copies().emplace_back(); }
+inline void end_batch() {
+  const emulator::races::Pause pause;
+  late_copies().emplace_back();
+}
 
 template <int kOnTheirWay>
 void wait_for_batches() {
+  const emulator::races::Pause pause;
   for (auto& own = late_copies(); own.size() > kOnTheirWay + 1; own.pop_front()) {
     for (const LateCopy& copy : own.front()) {
+      emulator::races::copy_since(copy.begun, emulator::current().moment, copy.to, copy.from);
       if (copy.from) std::memcpy(copy.to, copy.from, 16);
       if (!copy.from) std::memset(copy.to, 0, 16);
     }

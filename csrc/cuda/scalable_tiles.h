@@ -3,21 +3,19 @@
 // a time, against the coding order: what is not coded costs nothing. A warp has 64 x 64 of them: 128 sums in
 // each lane.
 //
-// Precision. S is float16, as calibrations hold it. y, scaled as its row of S is and shrunk into what float16
-// holds, goes in as a sum of two float16, upper and lower: 22 bits, so that a product is exact to 2^-22 and
-// the sum is a float's. The bound that is stated for decoders (docs/FORMAT.md: one unit in the last place, or
-// 2^-20 of the largest value) asks for that: with `upper` alone each component would be off by up to 2^-11 of
-// itself, which values near zero, of which most cancels, show. So there are two tensor instructions for each
-// 16 x 8 x 16, on one load of S. Tensor cores cut off what a sum cannot hold instead of rounding it, each
-// time that they add to it: so the largest components come last, and most of that happens while sums are
-// small.
+// Precision. S is float16, as calibrations hold it; y, scaled as its row of S is and shrunk into what float16
+// holds, is rounded to one, so that each component is off by up to 2^-12 of itself: docs/FORMAT.md states
+// that bound. Quantisation was off by up to half a step before, and a component of 2^11 steps is rounded by
+// no more than that; most have less than 100. Sums are floats. Tensor cores cut off what a sum cannot hold
+// instead of rounding it, each time that they add to it: so the largest components come last, and most of
+// that happens while sums are small.
 //
-// What it costs: a step of a warp (64 x 64 x 32) is 128 tensor instructions; docs/gpu.md counts the others.
+// What it costs: a step of a warp (64 x 64 x 32) is 64 tensor instructions; docs/gpu.md counts the others.
 // Numbers are converted where they are multiplied, once for each tile: half as many bytes are in scratch as
 // if they were stored converted, and while tensor cores are busy there are instructions to spare.
 //
-// Shared memory: two buffers of upper and lower (16 KB each) and four of S (16 KB each): 96 KB; the tile's x,
-// 64 tokens at a time, lies where they were.
+// Shared memory: two buffers of y (8 KB each) and four of S (16 KB each): 80 KB; the tile's x, 64 tokens at a
+// time, lies where they were.
 #pragma once
 
 #include "scalable_finish.h"
@@ -33,8 +31,8 @@ struct TileSource {
   const float* scale;
   const float* shift;          // by class
   const float* mean;           // of the tile's first column
-  std::uint64_t row_bytes;     // of S
-  std::uint64_t block_octets;  // from one block of components to the next
+  std::uint32_t row_bytes;     // of S
+  std::uint32_t block_octets;  // from one block of components to the next
   std::uint32_t octets, columns, coded, steps;
   float factor, grow;  // of y; of the sums
 
@@ -47,8 +45,8 @@ struct TileSource {
         scale(reinterpret_cast<const float*>(job.scale)),
         shift(reinterpret_cast<const PackedTables*>(job.tables)->shift[job.levels - 1]),
         mean(reinterpret_cast<const float*>(job.mean) + tile.first * job.dim),
-        row_bytes(4ull * job.layers * job.heads * job.dim),
-        block_octets(padded_tokens(job.tokens) / kOctet * kLanes),
+        row_bytes(4u * job.layers * job.heads * job.dim),
+        block_octets(static_cast<std::uint32_t>(padded_tokens(job.tokens) / kOctet * kLanes)),
         octets((tile.end - tile.begin + kOctet - 1) / kOctet),
         columns((tile.last - tile.first) * job.dim),
         coded(job.coded[job.levels - 1]),
@@ -68,8 +66,7 @@ class TileProduct {
  public:
   static constexpr std::uint32_t kTokens = 128, kColumns = 256, kThreads = 256;
   static constexpr std::uint32_t kWarpTokens = 64, kWarpColumns = 64, kDown = kTokens / kWarpTokens;
-  static constexpr std::uint32_t kPartBytes = 2 * kTokens * kLanes;  // upper, or lower
-  static constexpr std::uint32_t kLeftBytes = 2 * kPartBytes, kRightBytes = 2 * kLanes * kColumns;
+  static constexpr std::uint32_t kLeftBytes = 2 * kTokens * kLanes, kRightBytes = 2 * kLanes * kColumns;
   static constexpr std::uint32_t kLefts = 2, kRights = 4;
   static constexpr std::uint32_t kSharedBytes = kLefts * kLeftBytes + kRights * kRightBytes;
   static constexpr std::uint32_t kStride = kColumns + 8;  // of x: banks apart
@@ -143,13 +140,16 @@ class TileProduct {
   // before. Within eight rows places of 16 bytes change, so that the same place of all lies in all banks.
   KVS_DEVICE void copy_right(const TileSource& source, std::uint32_t step) {
     if (step < source.steps) {
-      const std::uint32_t to = shared_address() + right_at(step);
+      static_assert(kWarps == 8);  // so that a warp's rows are alike
+      const std::uint32_t to =
+          shared_address() + right_at(step) + simt::warp() * kRightRow + 16 * (simt::lane() ^ simt::warp());
+      const std::uint8_t* const own = source.matrix + 16 * simt::lane();
+      const std::uint32_t first = source.first_of(step) + simt::warp();
+      const bool inside = 8 * simt::lane() < source.columns;
       KVS_UNROLL
       for (std::uint32_t i = 0; i < kOwnRows; ++i) {
-        const std::uint32_t row = simt::warp() + i * kWarps;
-        const bool there = source.first_of(step) + row < source.coded && 8 * simt::lane() < source.columns;
-        const std::uint8_t* from = source.matrix + rows_[i] * source.row_bytes + 16 * simt::lane();
-        copy_later(to + row * kRightRow + 16 * (simt::lane() ^ row % 8), from, there);
+        const std::uint8_t* from = own + std::uint64_t{rows_[i]} * source.row_bytes;
+        copy_later(to + i * kWarps * kRightRow, from, inside && first + i * kWarps < source.coded);
       }
       look_up_rows(source, step + 1);
     }
@@ -157,11 +157,11 @@ class TileProduct {
   }
 
   KVS_DEVICE void look_up_rows(const TileSource& source, std::uint32_t step) {
+    const std::uint32_t first = source.first_of(step) + simt::warp();
+    const std::uint32_t* const own = source.order + first;
     KVS_UNROLL
-    for (std::uint32_t i = 0; i < kOwnRows; ++i) {
-      const std::uint32_t c = source.first_of(step) + simt::warp() + i * kWarps;
-      rows_[i] = c < source.coded ? number_of(source.order[c]) : 0;
-    }
+    for (std::uint32_t i = 0; i < kOwnRows; ++i)
+      rows_[i] = first + i * kWarps < source.coded ? number_of(own[i * kWarps]) : 0;
   }
 
   // The lane's component of a step, and none where there is none.
@@ -174,41 +174,38 @@ class TileProduct {
   KVS_DEVICE void fetch_left(const TileSource& source, std::uint32_t step) {
     const bool there = component_ != kNone;
     factor_ = there ? source.scale[number_of(component_)] * source.factor : 0;
-    shift_ = there ? source.shift[class_of(component_)] : 0;
+    shift_ = there ? source.shift[class_of(component_)] * factor_ : 0;
     component_ = find_component(source, step + 1);
-    const Octet* from = source.numbers + source.first_of(step) / kLanes * source.block_octets + simt::lane();
+    const Octet* const own = source.numbers + source.first_of(step) / kLanes * source.block_octets +
+                             simt::warp() * kLanes + simt::lane();
     KVS_UNROLL
     for (std::uint32_t i = 0; i < kOwnOctets; ++i) {
-      const std::uint32_t octet = simt::warp() + i * kWarps;
-      numbers_[i] = step < source.steps && octet < source.octets ? from[octet * kLanes] : Octet{};
+      const bool inside = step < source.steps && simt::warp() + i * kWarps < source.octets;
+      numbers_[i] = inside ? own[i * kWarps * kLanes] : Octet{};
     }
   }
 
-  // And from there into shared memory, [octet][component][8 tokens], as upper and lower.
+  // And from there into shared memory, [octet][component][8 tokens].
   KVS_DEVICE void put_left(std::uint32_t step) const {
-    std::uint8_t* to = simt::shared_memory() + step % kLefts * kLeftBytes;
+    auto* own = reinterpret_cast<Octet*>(simt::shared_memory() + step % kLefts * kLeftBytes) +
+                simt::warp() * kLanes + simt::lane();
     KVS_UNROLL
     for (std::uint32_t i = 0; i < kOwnOctets; ++i) {
-      Octet upper, lower;
+      Octet values;
       KVS_UNROLL
-      for (std::uint32_t j = 0; j < kOctet / 2; ++j) {
-        const float first = value_of(number_in(numbers_[i].pairs[j], 0));
-        const float second = value_of(number_in(numbers_[i].pairs[j], 1));
-        const std::uint32_t both = round_to_float16s(first, second);
-        upper.pairs[j] = both;
-        lower.pairs[j] = round_to_float16s(first - widen_float16_bits(both & 0xFFFF),
-                                           second - widen_float16_bits(both >> 16));
-      }
-      auto* own = reinterpret_cast<Octet*>(to) + (simt::warp() + i * kWarps) * kLanes + simt::lane();
-      own[0] = upper;
-      own[kPartBytes / sizeof(Octet)] = lower;
+      for (std::uint32_t j = 0; j < kOctet / 2; ++j)
+        values.pairs[j] = round_to_float16s(value_of(number_in(numbers_[i].pairs[j], 0)),
+                                            value_of(number_in(numbers_[i].pairs[j], 1)));
+      own[i * kWarps * kLanes] = values;
     }
   }
 
-  // `reconstruct` with its factor; `shift_` is not negative.
+  // `reconstruct` times `factor_`, which is in `shift_` already. A sign times `shift_` is exact: it does not
+  // matter whether the sum is fused.
   KVS_DEVICE float value_of(std::int32_t number) const {
-    const float away = number < 0 ? -shift_ : shift_;
-    return number == 0 ? 0.0f : (static_cast<float>(number) - away) * factor_;
+    const float from = static_cast<float>(number);
+    const float sign = clamp_to_sign(from);
+    return multiply_add(-sign, shift_, from * factor_);
   }
 
   // Of a tile that is not `whole`, what is beyond it is left out.
@@ -229,11 +226,11 @@ class TileProduct {
         load_turned(weights[i], base + (right ^ 32 * i) + half * 16 * kRightRow);
       }
       KVS_UNROLL
-      for (std::uint32_t i = 0; i < 2 * kSums; ++i) {
-        if (!whole && first_octet() + i / 2 * 2 >= source.octets) break;
+      for (std::uint32_t i = 0; i < kSums; ++i) {
+        if (!whole && first_octet() + 2 * i >= source.octets) break;
         std::uint32_t values[4];
-        load_turned(values, left + i / 2 * 32 * kLanes + half * 256 + i % 2 * kPartBytes);
-        add_row<whole>(source, sums_[i / 2], values, weights);
+        load_turned(values, left + i * 32 * kLanes + half * 256);
+        add_row<whole>(source, sums_[i], values, weights);
       }
     }
   }
@@ -254,7 +251,7 @@ class TileProduct {
 
   std::uint32_t rows_[kOwnRows];
   std::uint32_t component_;
-  float factor_, shift_;
+  float factor_, shift_;  // of y: its number's factor, and what it is pulled in by
   Octet numbers_[kOwnOctets];
   float sums_[kSums][kAcross][4] = {};
 };

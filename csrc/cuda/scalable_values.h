@@ -57,6 +57,15 @@ KVS_HOST_DEVICE float multiply_add(float a, float b, float sum) {
 #endif
 }
 
+// -1, 0 or 1, of a whole number.
+KVS_HOST_DEVICE float clamp_to_sign(float number) {
+#ifdef __CUDA_ARCH__
+  return fminf(fmaxf(number, -1.0f), 1.0f);
+#else
+  return number < 0 ? -1.0f : number > 0 ? 1.0f : 0.0f;
+#endif
+}
+
 template <DeviceDtype dtype>
 KVS_HOST_DEVICE typename DtypeBits<dtype>::Bits narrow_value(float from) {
   if constexpr (dtype == DeviceDtype::kBfloat16) return narrow_to_bfloat16(from);

@@ -81,11 +81,15 @@ inline void sync_warp() {
 }
 inline void sync_block() { emulator::meet_block(); }
 inline std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
+  emulator::races::access_atomically(to, sizeof *to);
+  const emulator::races::Pause pause;
   const std::uint32_t before = *to;
   *to += value;
   return before;
 }
 inline std::uint32_t atomic_max(std::uint32_t* to, std::uint32_t value) {
+  emulator::races::access_atomically(to, sizeof *to);
+  const emulator::races::Pause pause;
   const std::uint32_t before = *to;
   if (value > before) *to = value;
   return before;
