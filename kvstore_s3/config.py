@@ -123,13 +123,14 @@ class Settings(BaseSettings):
     pin_memory: bool | None = None
     """Whether slabs are page-locked for copies to a GPU. None: where CUDA is available."""
 
-    device_buffer_bytes: Annotated[int, Field(ge=6 * MiB)] = 128 * MiB
+    device_buffer_bytes: Annotated[int, Field(ge=8 * MiB)] = 128 * MiB
     """Memory of each GPU that values are loaded to, for encoded bytes on their way to the kernels. Saves out of its
-    memory take half as much, for encoded bytes on their way from there, and up to twice as much for a calibration."""
+    memory take half as much, for encoded bytes on their way from there. Calibrations take up to twice as much for
+    loads, and twice as much for saves."""
 
     device_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of a GPU's multiprocessors whose room decoding and encoding may fill at once; an engine's kernels have the
-    rest. 1: all. For the whole process: the store that came to its GPU last says."""
+    """Share of a GPU's multiprocessors whose room decoding may fill at once, and encoding as much; an engine's kernels
+    have the rest. 1: all. For the whole process: the store that came to its GPU last says."""
 
     reuse_bytes: Annotated[int, Field(ge=0)] = 512 * MiB
     """Memory of loaded values that is kept for later loads when its tensors are gone. 0: none."""

@@ -10,6 +10,7 @@ import torch
 from kvstore_s3.codec.device.decoder import DeviceDecoder
 from kvstore_s3.codec.device.encoder import DeviceEncoder
 from kvstore_s3.codec.device.library import Library, find_library
+from kvstore_s3.codec.device.streams import name_fully
 from kvstore_s3.config import Settings
 from kvstore_s3.device_load import Device
 from kvstore_s3.errors import DeviceError, InvalidArgumentError
@@ -22,6 +23,7 @@ class Devices:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._side_by_side = settings.device_share == 1  # what bounds a launch is to bound all of them
         self._decoders: dict[torch.device, DeviceDecoder] = {}
         self._encoders: dict[torch.device | DeviceDecoder, DeviceEncoder] = {}
 
@@ -36,7 +38,8 @@ class Devices:
         if wanted is None:
             return None
         if wanted not in self._decoders:
-            self._decoders[wanted] = DeviceDecoder(self._open(wanted), wanted, self._settings.device_buffer_bytes)
+            budget = self._settings.device_buffer_bytes
+            self._decoders[wanted] = DeviceDecoder(self._open(wanted), wanted, budget, side_by_side=self._side_by_side)
         return self._decoders[wanted]
 
     def encoder_for(self, device: Device | None) -> DeviceEncoder | None:
@@ -46,10 +49,10 @@ class Devices:
             return None
         if wanted not in self._encoders:
             budget = self._settings.device_buffer_bytes // 2
-            if isinstance(wanted, DeviceDecoder):
-                self._encoders[wanted] = DeviceEncoder(wanted.library, wanted.device, budget)
-            else:
-                self._encoders[wanted] = DeviceEncoder(self._open(wanted), wanted, budget)
+            library, there = (
+                (wanted.library, wanted.device) if isinstance(wanted, DeviceDecoder) else (self._open(wanted), wanted)
+            )
+            self._encoders[wanted] = DeviceEncoder(library, there, budget, side_by_side=self._side_by_side)
         return self._encoders[wanted]
 
     async def close(self) -> None:
@@ -65,6 +68,11 @@ class Devices:
         found = find_library()
         if found.library is None:
             log.info("values on %s are coded by the CPU: %s", device, found.reason)
+            return None
+        with torch.cuda.device(device):
+            reason = found.library.why_not()
+        if reason is not None:
+            log.warning("values on %s are coded by the CPU: %s", device, reason)
             return None
         share = self._settings.device_share
         if share < 1 or found.library.has("kvs_limit_multiprocessors"):
@@ -85,6 +93,4 @@ def _find(device: torch.device | str | None) -> torch.device | None:
         return None
     if wanted.type != "cuda":
         raise InvalidArgumentError(f"values can be loaded to the CPU and to CUDA devices, not to {device}")
-    if wanted == torch.device("cuda") and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return wanted
+    return name_fully(wanted) if torch.cuda.is_available() else wanted

@@ -8,7 +8,9 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from kvstore_s3.config import Settings
 from kvstore_s3.device_load import Device
@@ -17,9 +19,6 @@ from kvstore_s3.errors import StoreUnavailableError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.store import Hit, KVStore, LayerGroup, Pace, Saved, TokenIds
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
@@ -30,7 +29,8 @@ _INHERITED = "the store belongs to the process that this one was forked from; co
 class Runtime:
     """An event loop in a daemon thread. `close` cancels what is still running and waits for it.
 
-    `initializer` is the first thing that the thread does; threads that it starts later inherit what that set.
+    `initializer` is the first thing that the thread does; threads that it starts later inherit what that set. The GPU
+    that the caller uses is the thread's, too: memory that it page-locks would make a context on the first one else.
     """
 
     def __init__(self, initializer: Callable[[], None] | None = None) -> None:
@@ -39,6 +39,8 @@ class Runtime:
         self._submitting = threading.Lock()  # what is submitted after the loop's end would be waited for forever
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._loop.call_soon(torch.cuda.set_device, torch.cuda.current_device())
         if initializer is not None:
             self._loop.call_soon(initializer)
         self._thread.start()
@@ -113,7 +115,7 @@ class SyncKVStore:
         return self.runtime.run(self.kv.lookup_keys(keys, first_token=first_token, thorough=thorough))
 
     def load(self, hit: Hit, *, pace: Pace | None = None, device: Device | None = None) -> torch.Tensor:
-        return self.runtime.run(self.kv.load(hit, pace=pace, device=device))
+        return _use_here(self.runtime.run(self.kv.load(hit, pace=pace, device=device)))
 
     def stream(
         self, hit: Hit, *, first_token: int = 0, pace: Pace | None = None, device: Device | None = None
@@ -121,6 +123,7 @@ class SyncKVStore:
         groups = self.kv.stream(hit, first_token=first_token, pace=pace, device=device)
         try:
             while (group := self.runtime.run(_next(groups))) is not None:
+                _use_here(group.kv)
                 yield group
         finally:
             with suppress(StoreUnavailableError):  # closed meanwhile: that ended it
@@ -135,6 +138,7 @@ class SyncKVStore:
         first_token: int = 0,
         prefix_quality: str = "lossless",
     ) -> Saved:
+        _put_in_order(kv)
         saved = self.kv.save(token_ids, kv, salt=salt, first_token=first_token, prefix_quality=prefix_quality)
         return self.runtime.run(saved)
 
@@ -146,10 +150,25 @@ class SyncKVStore:
         first_token: int = 0,
         prefix_quality: str = "lossless",
     ) -> Saved:
+        _put_in_order(kv)
         return self.runtime.run(self.kv.save_keys(keys, kv, first_token=first_token, prefix_quality=prefix_quality))
 
     def stats(self) -> dict[str, float]:
         return self.kv.stats()
+
+
+def _use_here(values: torch.Tensor) -> torch.Tensor:
+    """Values that the store's thread allocated on its stream: their memory is free once the caller's is done, too."""
+    if values.is_cuda:
+        values.record_stream(torch.cuda.current_stream(values.device))
+    return values
+
+
+def _put_in_order(kv: torch.Tensor | DeviceKV) -> None:
+    """What the caller's stream computes now is there for the store, whose thread reads behind the default stream."""
+    if isinstance(kv, torch.Tensor) and kv.is_cuda:
+        event = torch.cuda.current_stream(kv.device).record_event()
+        torch.cuda.default_stream(kv.device).wait_event(event)
 
 
 @contextmanager

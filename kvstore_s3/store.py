@@ -230,8 +230,8 @@ class KVStore:
         is a miss to readers of more. An object found damaged before, of a profile that the store's does not accept, or
         coded with a calibration that is not there is replaced, and counts as new. A scalable profile uses the
         namespace's current calibration, where it has one that fits the rectangle. Raises `StoreError` where the store
-        fails; what was written by then is whole and stays. KV on a GPU, on its default stream, is coded there where the
-        package was built for it: the same bytes.
+        fails; what was written by then is whole and stays. KV on a GPU, which the calling thread's stream computes, is
+        coded there where the package was built for it: the same bytes.
         """
         tokens = as_token_array(token_ids)
         check_boundary(first_token, self.namespace)

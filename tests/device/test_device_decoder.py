@@ -76,6 +76,25 @@ def test_sections_come_out_bit_for_bit(decoder: DeviceDecoder) -> None:
     assert np.array_equal(bits_of(out), np.concatenate(values))
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_device_that_cannot_be_used_fails_loads_and_not_those_to_come(
+    decoder: DeviceDecoder, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    values = draw_normal(RNG, SHAPE)
+    payload, out = encode(values), room_for(1)
+
+    def refuse(_: torch.device) -> None:
+        raise error("no context")
+
+    monkeypatch.setattr("kvstore_s3.codec.device.decoder.use_device", refuse)
+    for _ in range(2 * SLOTS):
+        with pytest.raises(DeviceError, match="no context"):
+            decoder.decode(target_of(out), plan([payload]), after=decoder.mark_current()).result(60)
+    monkeypatch.setattr("kvstore_s3.codec.device.decoder.use_device", lambda _: None)
+    decoder.decode(target_of(out), plan([payload]), after=decoder.mark_current()).result(60)
+    assert np.array_equal(bits_of(out), values)
+
+
 def test_targets_of_several_forms_are_decoded_at_once(decoder: DeviceDecoder) -> None:
     shapes = [(1, 2, 5, 2, 8), (2, 2, 5, 1, 8), (1, 2, 3, 2, 24)]
     values = [draw_normal(RNG, shape) for shape in shapes for _ in range(3)]
@@ -231,9 +250,17 @@ def test_closing_fails_what_waits() -> None:
     assert waiting.take(Room(1 << 20, CONTROL_BYTES)) == []
 
 
+def test_bytes_that_several_pieces_read_take_room_once() -> None:
+    one = make_request().parts[0]
+    assert one is not None
+    waiting = Waiting()
+    waiting.add(Request(target_of(torch.zeros(SHAPE, dtype=torch.bfloat16)), [one] * 3, (), None))
+    assert len(waiting.take(Room(one.data_bytes, CONTROL_BYTES))) == 3
+
+
 def make_request(pieces: int = 1) -> Request:
-    one = Piece((Run(0, 160),), np.zeros(2, LOSSLESS_JOB), LosslessWork())
-    return Request(target_of(torch.zeros(SHAPE, dtype=torch.bfloat16)), [one] * pieces, (), None)
+    made = [Piece((Run(160 * number, 160),), np.zeros(2, LOSSLESS_JOB), LosslessWork()) for number in range(pieces)]
+    return Request(target_of(torch.zeros(SHAPE, dtype=torch.bfloat16)), made, (), None)
 
 
 def build_library(folder: Path, body: str, *, name: str = "kvs_lossless_decode") -> Library:

@@ -143,6 +143,7 @@ async def test_values_of_a_lower_quality_get_as_many_levels(
 
 
 async def test_cachegen_is_encoded_by_the_cpu(tmp_path: Path, encoder: DeviceEncoder, library: CountingLibrary) -> None:
+    pytest.importorskip("torchac")
     kv = draw_kv()
     found, expected = await save_both(tmp_path, kv, of_tensor(kv, encoder), profile="cachegen")
     assert found == expected

@@ -164,8 +164,10 @@ async def test_calibrated_values_are_those_of_the_host_but_for_their_rounding(
         hit = await store.lookup(TOKENS)
         on_host, found = await store.load(hit), (await store.load(hit, device=decoder)).cpu()
     assert sum(launched) == 4 * 2 * (1 if span == "all" else LAYOUT.kv_heads)
-    torch.testing.assert_close(found, on_host, rtol=2**-7, atol=1e-5)
-    assert float((found != on_host).float().mean()) < 0.01
+    # Span all is multiplied on tensor cores, for which y is rounded to float16.
+    off, often = (2**-10 * float(on_host.abs().max()), 0.3) if span == "all" else (1e-5, 0.01)
+    torch.testing.assert_close(found, on_host, rtol=2**-7, atol=off)
+    assert float((found != on_host).float().mean()) < often
 
 
 async def test_without_a_library_values_are_decoded_by_the_cpu_and_copied(tmp_path: Path) -> None:

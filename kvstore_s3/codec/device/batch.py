@@ -33,10 +33,11 @@ class _HostBytes:
 
 
 class Slot:
-    """Staging memory of one batch, from torch's allocator."""
+    """Staging memory of one batch, from torch's allocator, and the streams that it is queued on."""
 
-    def __init__(self, device: torch.device, data_bytes: int, *, pin: bool) -> None:
-        self._shared = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
+    def __init__(self, device: torch.device, data_bytes: int, streams: Streams) -> None:
+        self.streams = streams
+        self._shared = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=streams.pin)
         self._memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
         self.control = self._shared.numpy()
         self.control_address: int = self._memory.data_ptr()
@@ -84,8 +85,9 @@ class Batch:
     faults: slice
     """Bytes of the control."""
 
-    def queue(self, slot: Slot, streams: Streams, library: Library | None) -> None:
+    def queue(self, slot: Slot, library: Library | None) -> None:
         """Queue all copies and launches."""
+        streams = slot.streams
         with streams.copying():
             for run, at in self.places:
                 slot.bring(run, at)
@@ -95,13 +97,13 @@ class Batch:
         with streams.decoding():
             for launch in self.launches:
                 assert library is not None
-                self._launch(launch, slot, streams, library)
+                self._launch(launch, slot, library)
             for part, _ in self.parts:
                 for copy in part.request.copies if part.piece is None else ():
                     copy.queue()
             slot.fetch_control(self.faults)
 
-    def _launch(self, launch: Launch, slot: Slot, streams: Streams, library: Library) -> None:
+    def _launch(self, launch: Launch, slot: Slot, library: Library) -> None:
         form = launch.form
         pages = Pages(
             slot.control_address + self.planes_at,
@@ -115,7 +117,7 @@ class Batch:
         data = slot.data_address
         places = Places(slot.control_address + launch.jobs_at, data + launch.numbers_at, data + launch.order_at)
         faults = slot.control_address + self.faults.start + 4 * launch.first_job
-        launch.work.launch(library, launch.pieces, pages, places, faults, streams.decode_handle)
+        launch.work.launch(library, launch.pieces, pages, places, faults, slot.streams.decode_handle)
 
 
 def lay_out(parts: Sequence[Part], slot: Slot) -> Batch:

@@ -1,11 +1,13 @@
-"""What jobs need of calibrations in the device's memory: put there once, for as long as somebody has these."""
+"""What jobs need of calibrations in the device's memory: put there once, within a limit, for as long as it is used."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+import weakref
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy.typing as npt
 from kvstore_s3.codec.calibration import Calibration
 from kvstore_s3.codec.tables import TableSet, uncalibrated_tables
 
-T = TypeVar("T")
+Array: TypeAlias = npt.NDArray[np.generic]
 
 
 class OnDevice(Protocol):
@@ -23,79 +25,95 @@ class OnDevice(Protocol):
     def data_ptr(self) -> int: ...
 
 
-Put = Callable[[npt.NDArray[np.generic]], OnDevice]
+Put = Callable[[Array], OnDevice]
 """Copies an array to the device."""
 
 
-class Hold:
-    """Puts the arrays of one thing on the device."""
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Kept:
+    """Addresses of arrays on the device, which hold for as long as somebody has this; 0 where there was none."""
 
-    def __init__(self, put: Put) -> None:
-        self._put = put
-        self.held: list[OnDevice] = []
-        self.nbytes = 0
-
-    def __call__(self, values: npt.NDArray[np.generic]) -> int:
-        """The address of a copy of `values`, rows one behind the other, there as long as `held` is."""
-        one = self._put(np.ascontiguousarray(values))
-        self.held.append(one)
-        self.nbytes += values.nbytes
-        return one.data_ptr()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Kept(Generic[T]):
-    """A thing with addresses on the device, which hold for as long as `held` is there."""
-
-    value: T
+    addresses: tuple[int, ...]
     held: tuple[OnDevice, ...]
     nbytes: int
 
 
-_Shelf: TypeAlias = "dict[Hashable, Kept[Any]]"
+_Shelf: TypeAlias = dict[Hashable, Kept]
 
 
 class Constants:
-    """Things of calibrations, and of coding without one, by key. For several threads.
+    """Arrays of calibrations, and of coding without one, by key. For several threads.
 
-    Up to `most_bytes` of those of calibrations are kept (None: all). Where a calibration's do not fit beside those of
-    others, these go; what does not fit then is put anew each time.
+    Those of calibrations take at most `most_bytes`, in use or not, and at most `most_kept` of these are kept for the
+    next use, where that is less. Where a calibration's do not fit beside those of others, these go.
     """
 
-    def __init__(self, put: Put, most_bytes: int | None = None) -> None:
+    def __init__(self, put: Put, most_bytes: int, most_kept: int | None = None) -> None:
         self._put = put
         self._most_bytes = most_bytes
-        self._calibrated: WeakKeyDictionary[Calibration, _Shelf] = WeakKeyDictionary()
+        self._most_kept = most_bytes if most_kept is None else most_kept
+        self._large: WeakKeyDictionary[Calibration, _Shelf] = WeakKeyDictionary()
+        self._small: WeakKeyDictionary[Calibration, _Shelf] = WeakKeyDictionary()
         self._uncalibrated: _Shelf = {}
+        self._there = 0
+        self._gone: deque[int] = deque()  # sizes: memory ends in any thread, even in one that is in here
         self._lock = threading.Lock()
 
-    def find(self, calibration: Calibration | None, key: Hashable, make: Callable[[Hold], T]) -> Kept[T]:
-        """What `make` made of `key`, now or before. Whoever uses it holds what it says, or the calibration if all is
-        kept.
+    def find(
+        self, calibration: Calibration, key: Hashable, list_arrays: Callable[[], Sequence[Array | None]]
+    ) -> Kept | None:
+        """The arrays of `key`, rows one behind the other, put now or before; None: there is no room for them now.
+
+        Whoever uses the addresses holds what this gives until kernels have read them.
         """
         with self._lock:
-            shelf = self._uncalibrated if calibration is None else self._calibrated.setdefault(calibration, {})
-            if key not in shelf:
-                hold = Hold(self._put)
-                made = Kept(make(hold), tuple(hold.held), hold.nbytes)
-                if calibration is not None and not self._make_room(made.nbytes, shelf):
-                    return made
+            shelf = self._large.setdefault(calibration, {})
+            if key in shelf:
+                return shelf[key]
+            arrays = list_arrays()
+            size = sum(array.nbytes for array in arrays if array is not None)
+            keeps = self._make_room(size, shelf)
+            if self._count() + size > self._most_bytes:
+                return None
+            made = self._make(arrays, size)
+            if keeps:
                 shelf[key] = made
+            return made
+
+    def find_small(self, calibration: Calibration | None, key: Hashable, list_array: Callable[[], Array]) -> Kept:
+        """As `find`, of an array that is always there, beside the limit: a quarter of a MB for each calibration."""
+        with self._lock:
+            shelf = self._uncalibrated if calibration is None else self._small.setdefault(calibration, {})
+            if key not in shelf:
+                shelf[key] = self._make([list_array()], 0)
             return shelf[key]
 
-    def find_tables(
-        self, calibration: Calibration | None, pack: Callable[[TableSet], npt.NDArray[np.uint8]]
-    ) -> Kept[int]:
-        """The address of the table set, as `pack` packs it."""
+    def find_tables(self, calibration: Calibration | None, pack: Callable[[TableSet], npt.NDArray[np.uint8]]) -> Kept:
+        """The table set, as `pack` packs it."""
         tables = uncalibrated_tables() if calibration is None else calibration.tables
-        return self.find(calibration, "tables", lambda hold: hold(pack(tables)))
+        return self.find_small(calibration, "tables", lambda: pack(tables))
 
-    def _make_room(self, nbytes: int, shelf: _Shelf) -> bool:
-        if self._most_bytes is None:
-            return True
-        own = sum(kept.nbytes for kept in shelf.values())
-        others = [other for other in self._calibrated.values() if other is not shelf]
-        if own + nbytes + sum(kept.nbytes for other in others for kept in other.values()) > self._most_bytes:
+    def _make(self, arrays: Sequence[Array | None], size: int) -> Kept:
+        there = [None if array is None else self._put(np.ascontiguousarray(array)) for array in arrays]
+        addresses = tuple(0 if one is None else one.data_ptr() for one in there)
+        made = Kept(addresses, tuple(one for one in there if one is not None), size)
+        self._there += size
+        weakref.finalize(made, self._gone.append, size).atexit = False
+        return made
+
+    def _count(self) -> int:
+        """Bytes that are on the device."""
+        while self._gone:
+            self._there -= self._gone.popleft()
+        return self._there
+
+    def _make_room(self, size: int, shelf: _Shelf) -> bool:
+        """Whether so many bytes more are kept on `shelf`, now that others have gone where they had to."""
+        own = size + sum(kept.nbytes for kept in shelf.values())
+        if own > self._most_kept:
+            return False
+        others = [other for other in self._large.values() if other is not shelf]
+        if own + sum(kept.nbytes for other in others for kept in other.values()) > self._most_kept:
             for other in others:
                 other.clear()
-        return own + nbytes <= self._most_bytes
+        return True

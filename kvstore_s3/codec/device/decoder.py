@@ -1,9 +1,9 @@
 """Decoding into a device's memory: compressed bytes go to it, kernels decode them where the values belong.
 
 One thread queues: it takes all that waits, up to a slot of staging memory, copies it on the copy stream and launches
-on the decode stream, so that the more waits, the more is decoded at once. Another thread waits for what was queued, by
-events, and tells whose it was. With several slots, bytes travel while others are decoded. Nothing waits for the whole
-device, nor on the engine's streams.
+on the slot's decode stream, so that the more waits, the more is decoded at once. Another thread waits for what was
+queued, by events, and tells whose it was. With several slots, bytes travel while others are decoded, side by side: a
+batch alone has too few streams to fill a GPU. Nothing waits for the whole device, nor on the engine's streams.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
 from kvstore_s3.codec.device.requests import Deed, OnQueued, Part, Request, Room, Waiting
 from kvstore_s3.codec.device.scalable_calls import ScalableCalls
 from kvstore_s3.codec.device.scalable_jobs import ScalablePlanner
-from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
+from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device
 from kvstore_s3.errors import (
     BitstreamFault,
     DamagedObjectError,
@@ -37,9 +37,11 @@ from kvstore_s3.errors import (
 
 log = logging.getLogger("kvstore_s3")
 
-SLOTS = 3
-"""Batches under way at once: one is copied, one decoded, and one is being told of or queued."""
+SLOTS = 4
+"""Batches under way at once: one is copied, two or three are decoded, and one is being told of or queued."""
 SMALLEST_BUDGET = SLOTS * 2 * CONTROL_BYTES
+CALIBRATION_BUDGETS = 2
+"""So many times the budget calibrations may take beside it."""
 
 LOSSLESS = 1
 """The codec that kernels decode."""
@@ -62,21 +64,27 @@ class Flight:
 
 
 class DeviceDecoder:
-    """Decodes sections into tensors on `device`, within `budget_bytes` of its memory. For several threads.
+    """Decodes sections into tensors on `device`, within `budget_bytes` of its memory, and `CALIBRATION_BUDGETS` times
+    as much for calibrations. For several threads.
 
     `library` None: what the CPU decoded is copied, and nothing decoded here. `device` may be the host, for the
-    emulated library. Raises `InvalidArgumentError` for a budget below `SMALLEST_BUDGET`. To be closed.
+    emulated library. `side_by_side`: batches are decoded at once; else one after the other, so that what bounds a
+    launch (`Library.limit_multiprocessors`) bounds all of decoding. Raises `InvalidArgumentError` for a budget below
+    `SMALLEST_BUDGET`. To be closed.
     """
 
-    def __init__(self, library: Library | None, device: torch.device, budget_bytes: int) -> None:
+    def __init__(
+        self, library: Library | None, device: torch.device, budget_bytes: int, *, side_by_side: bool = True
+    ) -> None:
         if budget_bytes < SMALLEST_BUDGET:
             raise InvalidArgumentError(f"{budget_bytes} bytes are too few to decode in; give {SMALLEST_BUDGET}")
-        self.device = device
+        self.device = name_fully(device)
         self.largest = (budget_bytes // SLOTS - CONTROL_BYTES) // ALIGNMENT * ALIGNMENT
         """Bytes of the largest piece."""
         self.library = library
-        self.scalable = self._make_planner()
+        self.scalable = self._make_planner(CALIBRATION_BUDGETS * budget_bytes)
         """Plans sections of codec 3; None where the library does not decode them."""
+        self._side_by_side = side_by_side
         self._streams: Streams | None = None
         self._waiting = Waiting()
         self._free: SimpleQueue[Slot | None] = SimpleQueue()
@@ -104,8 +112,7 @@ class DeviceDecoder:
     def put(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         """A copy of an array on the device, for kernels queued from now on. Raises `DeviceError`."""
         try:
-            with self._open().decoding():
-                return torch.from_numpy(np.array(values)).to(self.device)
+            return copy_in(self._open(), values, self.device)
         except _FAILURES as error:
             raise _failed(error, "a copy of what decoding needs") from error
 
@@ -180,11 +187,11 @@ class DeviceDecoder:
         self._start()
         return request.future
 
-    def _make_planner(self) -> ScalablePlanner | None:
+    def _make_planner(self, calibration_bytes: int) -> ScalablePlanner | None:
         if self.library is None or not self.library.has("kvs_scalable_decode"):
             return None
         try:
-            return ScalablePlanner(ScalableCalls(self.library), self.put, self.pin)
+            return ScalablePlanner(ScalableCalls(self.library), self.put, self.pin, calibration_bytes)
         except DeviceError as error:
             log.warning("lossy values are decoded by the CPU: %s", error)
             return None
@@ -214,18 +221,24 @@ class DeviceDecoder:
 
     def _try_queue(self, slot: Slot | None, parts: list[Part]) -> Flight:
         try:
-            streams = self._open()
-            with streams.decoding():
-                slot = slot or Slot(self.device, self.largest, pin=streams.pin)
-            return self._queue(streams, slot, parts)
-        except (*_FAILURES, KVStoreError) as error:
+            use_device(self.device)
+            if slot is None:
+                slot = self._make_slot(self._open())
+            return self._queue(slot, parts)
+        except Exception as error:  # noqa: BLE001 - whatever it is: without this thread, loads would wait for ever
             told = error if isinstance(error, KVStoreError) else _failed(error, "queueing work")
             return Flight([(part, slice(0)) for part in parts], slot, slice(0), None, told)
 
-    def _queue(self, streams: Streams, slot: Slot, parts: list[Part]) -> Flight:
+    def _make_slot(self, streams: Streams) -> Slot:
+        # Copies are the first to write to it: what the allocator gives a stream was perhaps just now in use there, and
+        # the copy stream does not wait for others.
+        with streams.copying():
+            return Slot(self.device, self.largest, streams.beside() if self._side_by_side else streams)
+
+    def _queue(self, slot: Slot, parts: list[Part]) -> Flight:
         batch = lay_out(parts, slot)
-        batch.queue(slot, streams, self.library)
-        end = streams.mark_decoded()
+        batch.queue(slot, self.library)
+        end = slot.streams.mark_decoded()
         for part in parts:
             part.request.note_queued(end)
         return Flight(batch.parts, slot, batch.faults, end)
@@ -237,12 +250,13 @@ class DeviceDecoder:
     def _land(self, flight: Flight) -> None:
         error, faults = flight.error, np.zeros(0, np.uint32)
         try:
+            use_device(self.device)
             if flight.end is not None and flight.slot is not None:
                 flight.end.synchronize()
                 faults = flight.slot.control[flight.faults].view(np.uint32).copy()
-            elif self._streams is not None:
-                self._streams.settle()  # nothing of it may be under way when its memory is given to others
-        except _FAILURES as failure:
+            elif flight.slot is not None:
+                flight.slot.streams.settle()  # nothing of it may be under way when its memory is given to others
+        except Exception as failure:  # noqa: BLE001 - as in _try_queue
             error = error or _failed(failure, "decoding")
         self._free.put(flight.slot)
         for part, jobs in flight.parts:

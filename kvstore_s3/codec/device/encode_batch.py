@@ -14,7 +14,7 @@ from kvstore_s3.codec.device.encode_plans import EncodePlan, Lengths
 from kvstore_s3.codec.device.library import Pages
 from kvstore_s3.codec.device.pieces import Target, round_up
 from kvstore_s3.codec.device.sources import Source
-from kvstore_s3.codec.device.streams import open_streams
+from kvstore_s3.codec.device.streams import Streams
 from kvstore_s3.errors import DeviceError
 
 CONTROL_BYTES = 1 << 17
@@ -30,13 +30,14 @@ Levels = list[bytes]
 class EncodeSlot:
     """Staging memory of one batch, from torch's allocator, and as much on the host for what comes back."""
 
-    def __init__(self, device: torch.device, data_bytes: int) -> None:
-        self.streams = open_streams(device)
+    def __init__(self, device: torch.device, data_bytes: int, streams: Streams) -> None:
+        self.streams = streams
         pin = self.streams.pin
         with self.streams.decoding():
             self.control = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
             self.memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
             self.fetched = torch.empty(data_bytes, dtype=torch.uint8, pin_memory=pin)
+        self._brought: list[torch.Tensor] = []
 
     @property
     def address(self) -> int:
@@ -46,6 +47,7 @@ class EncodeSlot:
     def bring(self, values: npt.NDArray[np.generic], at: int) -> None:
         """Queue the copy of an array to byte `at` of the data."""
         source = torch.from_numpy(np.array(values).reshape(-1).view(np.uint8))
+        self._brought.append(source)  # where a GPU reads any memory of the host by itself, it does so later
         begin = CONTROL_BYTES + at
         with self.streams.decoding():
             self.memory[begin : begin + len(source)].copy_(source, non_blocking=True)
@@ -61,6 +63,7 @@ class EncodeSlot:
                 views.append(view)
                 at += length
         self.streams.mark_decoded().synchronize()
+        self._brought.clear()
         return [view.numpy().tobytes() for view in views]
 
 

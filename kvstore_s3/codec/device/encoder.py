@@ -26,7 +26,7 @@ from kvstore_s3.codec.device.lossless_encode_jobs import plan_lossless
 from kvstore_s3.codec.device.scalable_encode import ScalableEncodeCalls
 from kvstore_s3.codec.device.scalable_encode_jobs import ScalableEncodePlanner, SectionInPages
 from kvstore_s3.codec.device.sources import EncodeSection, Lossy, Readable, Source
-from kvstore_s3.codec.device.streams import Mark, Streams, open_streams
+from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device
 from kvstore_s3.errors import DeviceError, InvalidArgumentError, StoreUnavailableError
 
 log = logging.getLogger("kvstore_s3")
@@ -48,18 +48,22 @@ class DeviceEncoder:
     much for calibrations. For several threads. To be closed.
 
     `library` None: nothing is encoded here, but fetched. `device` may be the host, for the emulated library.
+    `side_by_side`: what several threads encode runs at once on the device, as in `DeviceDecoder`.
     Raises `InvalidArgumentError` for a budget below `SMALLEST_BUDGET`.
     """
 
-    def __init__(self, library: Library | None, device: torch.device, budget_bytes: int) -> None:
+    def __init__(
+        self, library: Library | None, device: torch.device, budget_bytes: int, *, side_by_side: bool = True
+    ) -> None:
         if budget_bytes < SMALLEST_BUDGET:
             raise InvalidArgumentError(f"{budget_bytes} bytes are too few to encode in; give {SMALLEST_BUDGET}")
-        self.device = device
+        self.device = name_fully(device)
         self._library = library
         self._planner = self._make_planner(CALIBRATION_BUDGETS * budget_bytes)
         self._data_bytes = (budget_bytes // SLOTS - CONTROL_BYTES) // 16 * 16
         self._threads = ThreadPoolExecutor(SLOTS, "kvstore-s3-device-encode")
         self._slots: SimpleQueue[EncodeSlot | None] = SimpleQueue()
+        self._side_by_side = side_by_side
         self._streams: Streams | None = None
         self._told_large = False
         self._lock = threading.Lock()
@@ -182,11 +186,7 @@ class DeviceEncoder:
 
     def _put(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         """A copy of an array on the device, there when this returns, for kernels of any stream."""
-        streams = self._open()
-        with streams.decoding():
-            put = torch.from_numpy(np.array(values)).to(self.device)
-        streams.mark_decoded().synchronize()
-        return put
+        return copy_in(self._open(), values, self.device)
 
     def _fetch(self, source: Source, memory: Readable, out: torch.Tensor) -> None:
         with self._slot() as slot:
@@ -197,13 +197,18 @@ class DeviceEncoder:
                 out.copy_(gathered, non_blocking=True)
             slot.streams.mark_decoded().synchronize()
 
+    def _make_streams(self) -> Streams:
+        """Of a slot: its own, or those of all."""
+        return open_streams(self.device) if self._side_by_side else self._open()
+
     @contextmanager
     def _slot(self) -> Iterator[EncodeSlot]:
         """One slot of those that are free. Nothing is under way in it when it is given back."""
         slots, slot = self._slots, self._slots.get()
         try:
             with _telling("encoding"):
-                slot = slot or EncodeSlot(self.device, self._data_bytes)
+                use_device(self.device)
+                slot = slot or EncodeSlot(self.device, self._data_bytes, self._make_streams())
                 yield slot
         finally:
             if slot is not None:

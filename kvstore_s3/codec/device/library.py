@@ -50,7 +50,7 @@ LOSSLESS_ENCODE_JOB = np.dtype(
     ],
     align=True,
 )
-"""`KvsLosslessEncodeJob`: one head of a section, 56 bytes."""
+"""`KvsLosslessEncodeJob`: one head of a section, 48 bytes."""
 
 
 class Pages(ctypes.Structure):
@@ -84,8 +84,16 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     ),
     "kvs_lossless_encode_scratch": (ctypes.c_uint64, ctypes.c_uint64),
     "kvs_limit_multiprocessors": (ctypes.c_uint32,),
+    "kvs_probe": (),
 }
 """Argument types of the calls that this package makes by `Library.call`; others are given as ctypes values."""
+
+
+_KNOWN_FAULTS = {
+    35: "the driver is older than the CUDA runtime in the library; take a newer one, or build with an older nvcc",
+    100: "there is no GPU",
+    209: "the library has no code for this GPU; build it again with KVSTORE_S3_CUDA_ARCHITECTURES",
+}
 
 
 class Library:
@@ -140,6 +148,15 @@ class Library:
     def lossless_encode_scratch(self, components: int, tokens: int) -> int:
         """Bytes of scratch that `lossless_encode` needs for a head of so many components (layers x kinds x dim)."""
         return int(self._calls.kvs_lossless_encode_scratch(components, tokens))
+
+    def why_not(self) -> str | None:
+        """Why kernels cannot run on the device that is current in the calling thread; None where they can."""
+        if not self.has("kvs_probe"):
+            return f"{self.path} is older than this package; build it again"
+        fault = int(self._calls.kvs_probe())
+        return (
+            None if fault == 0 else f"{_KNOWN_FAULTS.get(fault, 'the library does not run there')} (CUDA error {fault})"
+        )
 
     def limit_multiprocessors(self, most: int) -> None:
         """Let calls from now on, of the whole process, fill no more than `most` multiprocessors; 0: all there are."""

@@ -63,6 +63,8 @@ class Piece:
     scratch: Scratch = NO_SCRATCH
     totals: Any = None
     """What else the jobs' kernel is told; see the work."""
+    held: Sequence[object] = ()
+    """What the jobs point to beside the runs is there as long as this is."""
 
     @property
     def data_bytes(self) -> int:

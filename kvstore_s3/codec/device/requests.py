@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
+from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target, round_up
 from kvstore_s3.codec.device.streams import Mark
 from kvstore_s3.errors import KVStoreError, StoreUnavailableError
 
@@ -107,13 +107,15 @@ class Room:
     def __init__(self, data_bytes: int, control: int) -> None:
         self._data, self._control = data_bytes, control - 3 * ALIGNMENT
         self._requests: set[int] = set()
+        self._runs: set[tuple[int, int]] = set()
 
     def take(self, part: Part) -> bool:
         """Make room for a part; False where there is none."""
         piece = part.piece
         if piece is None:
             return True
-        data = piece.data_bytes
+        runs = {(run.address, run.length) for run in piece.runs} - self._runs  # what several read is copied once
+        data = piece.scratch.bytes + sum(round_up(length) for _, length in runs)
         control = control_bytes(piece)
         if id(part.request) not in self._requests:
             control += part.request.target.control_bytes
@@ -122,6 +124,7 @@ class Room:
         self._data -= data
         self._control -= control
         self._requests.add(id(part.request))
+        self._runs |= runs
         return True
 
 

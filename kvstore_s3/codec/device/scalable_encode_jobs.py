@@ -5,6 +5,7 @@ What is nothing for a device is not planned: the CPU encodes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore_s3.codec.calibration import SPANS, Calibration
-from kvstore_s3.codec.device.constants import Constants, Hold, Put
+from kvstore_s3.codec.device.constants import Array, Constants, Put
 from kvstore_s3.codec.device.encode_plans import EncodeJobs, Lengths
 from kvstore_s3.codec.device.library import Pages
 from kvstore_s3.codec.device.pieces import round_up
@@ -105,12 +106,12 @@ class ScalableEncodePlan:
 class ScalableEncodePlanner:
     """Plans sections to encode. `put` copies an array to the device. For several threads.
 
-    Up to `most_bytes` of calibrations stay on the device; see `Constants`.
+    Of `most_bytes` that calibrations may take on the device, a third is left for what is put there for one section.
     """
 
-    def __init__(self, calls: ScalableEncodeCalls, put: Put, most_bytes: int | None = None) -> None:
+    def __init__(self, calls: ScalableEncodeCalls, put: Put, most_bytes: int = sys.maxsize) -> None:
         self._calls = calls
-        self._constants = Constants(put, most_bytes)
+        self._constants = Constants(put, most_bytes, most_bytes - most_bytes // 3)
 
     def plan(self, section: SectionInPages) -> ScalableEncodePlan | None:
         """The jobs of a section; None: the CPU is to encode it, or to refuse it."""
@@ -130,10 +131,10 @@ class ScalableEncodePlanner:
         if sizes is None:
             return None
         tables = self._constants.find_tables(calibration, self._calls.pack_tables)
-        work = ScalableEncodeWork(self._calls, DTYPES[section.dtype].id, tables.value, section.head_dim)
-        held = [tables, *self._add_rotation(section, jobs, one.rotation)]
-        if calibration is not None:
-            held += self._add_units(section, jobs, calibration)
+        work = ScalableEncodeWork(self._calls, DTYPES[section.dtype].id, tables.addresses[0], section.head_dim)
+        held: list[object] = [tables, *self._add_rotation(section, jobs, one.rotation)]
+        if calibration is not None and not self._add_units(section, jobs, calibration, held):
+            return None
         angles = one.rotation.tables(section.first_position, section.tokens) if jobs["pairs"][0] else ()
         return ScalableEncodePlan(section, work, jobs, header, angles, sizes[1] + len(header), sizes[0], held)
 
@@ -153,23 +154,26 @@ class ScalableEncodePlanner:
             return ()
         flags = np.ascontiguousarray(rotation.rotated)
         key = ("rotated", flags.tobytes())
-        rotated = self._constants.find(section.calibration, key, lambda hold: hold(flags))
-        jobs["rotated"] = rotated.value
+        rotated = self._constants.find_small(section.calibration, key, lambda: flags)
+        jobs["rotated"] = rotated.addresses[0]
         return (rotated,)
 
-    def _add_units(self, section: SectionInPages, jobs: EncodeJobs, calibration: Calibration) -> Sequence[object]:
-        held = []
+    def _add_units(
+        self, section: SectionInPages, jobs: EncodeJobs, calibration: Calibration, held: list[object]
+    ) -> bool:
+        """False where there is no room for what they need."""
         for job, place in zip(jobs, _places_of(section, calibration), strict=True):
-            unit = self._constants.find(calibration, ("unit", place), partial(_put_unit, calibration, place))
-            job["mean"], job["classes"], job["matrix"], job["scale"] = unit.value
+            unit = self._constants.find(calibration, ("unit", place), partial(_arrays_of, calibration, place))
+            if unit is None:
+                return False
+            job["mean"], job["classes"], job["matrix"], job["scale"] = unit.addresses
             held.append(unit)
-        return held
+        return True
 
 
-def _put_unit(calibration: Calibration, place: tuple[int, int], hold: Hold) -> tuple[int, int, int, int]:
+def _arrays_of(calibration: Calibration, place: tuple[int, int]) -> Sequence[Array | None]:
     unit = calibration.units[place]
-    matrix = 0 if unit.analysis is None else hold(unit.analysis)
-    return hold(calibration.unit_mean(*place)), hold(unit.classes), matrix, hold(unit.analysis_scale)
+    return (calibration.unit_mean(*place), unit.classes, unit.analysis, unit.analysis_scale)
 
 
 def _find_map(section: SectionInPages) -> StreamMap | None:

@@ -6,15 +6,17 @@ What is damaged, or nothing for a device, is not planned: the CPU decodes it, or
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore_s3.codec.calibration import SPANS, Calibration
-from kvstore_s3.codec.device.constants import Constants, Hold, Put
+from kvstore_s3.codec.device.constants import Array, Constants, Put
 from kvstore_s3.codec.device.library import Library, Pages
 from kvstore_s3.codec.device.pieces import Jobs, Piece, Places, Run, Scratch, address_of, place_in
 from kvstore_s3.codec.device.scalable_calls import (
@@ -28,8 +30,10 @@ from kvstore_s3.codec.scalable import find_group
 from kvstore_s3.codec.tables import uncalibrated_tables
 from kvstore_s3.layout import DTYPES
 
-_ANGLES = 64
-"""Tables of angles that are kept: one for each chunk of a prompt, which all of its sections share."""
+ANGLE_BYTES = 16 * 1024 * 1024
+"""Of tables of angles that are kept on the host: one for each chunk of a prompt, which all of its sections share."""
+
+_Pin = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,28 +93,23 @@ class ScalablePlanner:
     """Plans sections of codec 3. `put` copies an array to the device, `pin` to where it can be copied from at once.
     For several threads.
 
-    Calibrations stay on the device, beside the decoder's budget, for as long as somebody has them.
+    Up to `most_bytes` of calibrations stay on the device; what does not fit is copied there with each batch.
     """
 
-    def __init__(
-        self,
-        calls: ScalableCalls,
-        put: Put,
-        pin: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]],
-    ) -> None:
+    def __init__(self, calls: ScalableCalls, put: Put, pin: _Pin, most_bytes: int) -> None:
         self._calls = calls
-        self._constants = Constants(put)
-        self._find_angles = lru_cache(_ANGLES)(partial(_pin_angles, pin))
+        self._constants = Constants(put, most_bytes)
+        self._angles = _Angles(pin)
 
     def plan(self, given: CodedSection) -> Piece | None:
         """The jobs of a section, one for each stream; None: the CPU is to decode it, or to refuse it."""
         held: list[object] = []
-        section = self._describe(given, held)
+        runs = [Run(address_of(payload), len(payload)) for payload in given.payloads]
+        section = self._describe(given, runs, held)
         if section is None:
             return None
-        runs = [Run(address_of(payload), len(payload)) for payload in given.payloads]
-        for level, run in enumerate(runs):
-            section.payload[level], section.lengths[level] = run.address, run.length
+        for level in range(len(given.payloads)):
+            section.payload[level], section.lengths[level] = runs[level].address, runs[level].length
             section.device[level] = place_in(level)
         if not self._add_angles(section, given, runs):
             return None
@@ -119,12 +118,12 @@ class ScalablePlanner:
             return None
         work = ScalableWork(self._calls, DTYPES[given.dtype].id, section.tables)
         totals = parsed.totals
-        return Piece(tuple(runs), parsed.jobs, work, Scratch(totals.numbers, totals.order), totals)
+        return Piece(tuple(runs), parsed.jobs, work, Scratch(totals.numbers, totals.order), totals, held)
 
-    def _describe(self, given: CodedSection, held: list[object]) -> ScalableSection | None:
+    def _describe(self, given: CodedSection, runs: list[Run], held: list[object]) -> ScalableSection | None:
         """What is known of a section beside its payloads; None where it is not one of its calibration's.
 
-        `held` gets what must stay as long as the section is used.
+        `runs` get what is to be copied beside the payloads, `held` what must stay as long as the section is used.
         """
         begin, end = given.layers
         section = ScalableSection(
@@ -141,15 +140,18 @@ class ScalablePlanner:
             item_bytes=DTYPES[given.dtype].itemsize,
         )
         calibration = given.calibration
-        section.tables = self._constants.find_tables(calibration, self._calls.pack_tables).value
+        tables = self._constants.find_tables(calibration, self._calls.pack_tables)
+        section.tables = tables.addresses[0]
+        held.append(tables)
         section.first[:] = (uncalibrated_tables() if calibration is None else calibration.tables).first
-        return section if calibration is None else self._add_units(section, given, calibration, held)
+        return section if calibration is None else self._add_units(section, given, calibration, runs, held)
 
     def _add_units(
         self,
         section: ScalableSection,
         given: CodedSection,
         calibration: Calibration,
+        runs: list[Run],
         held: list[object],
     ) -> ScalableSection | None:
         begin, end = given.layers
@@ -158,13 +160,15 @@ class ScalablePlanner:
             return None
         count = 1 if calibration.span == "all" else given.section_heads
         heads = range(given.first_head, given.first_head + count)
-        units = (ScalableUnit * count)(*(self._unit(calibration, group, head) for head in heads))
+        units = (ScalableUnit * count)(*(self._unit(calibration, group, head, runs, held) for head in heads))
         section.units = ctypes.addressof(units)
         held.append(units)
         section.span = SPANS.index(calibration.span)
         section.style = calibration.rotation.style_id
-        rotated = calibration.rotation.select(begin, end)
-        section.rotated = self._constants.find(calibration, ("rotated", group), lambda hold: hold(rotated)).value
+        rotation = calibration.rotation
+        rotated = self._constants.find_small(calibration, ("rotated", group), lambda: rotation.select(begin, end))
+        section.rotated = rotated.addresses[0]
+        held.append(rotated)
         return section
 
     def _add_angles(self, section: ScalableSection, given: CodedSection, runs: list[Run]) -> bool:
@@ -181,32 +185,70 @@ class ScalablePlanner:
         section.pairs = len(rotation.inverse_frequencies)
         if section.pairs:
             section.cosines, section.sines = place_in(len(runs)), place_in(len(runs) + 1)
-            for table in self._find_angles(rotation.inverse_frequencies.tobytes(), header.first_position, given.tokens):
+            for table in self._angles.find(rotation.inverse_frequencies.tobytes(), header.first_position, given.tokens):
                 runs.append(Run(address_of(table), table.nbytes, table))
         return True
 
-    def _unit(self, calibration: Calibration, group: int, head: int) -> ScalableUnit:
+    def _unit(
+        self, calibration: Calibration, group: int, head: int, runs: list[Run], held: list[object]
+    ) -> ScalableUnit:
         place = (group, 0 if calibration.span == "all" else head)
         unit = calibration.units[place]
+        list_arrays = partial(_arrays_of, calibration, place)
+        kept = self._constants.find(calibration, ("unit", place), list_arrays)
+        if kept is None:
+            classes, mean, scale, matrix = [_bring(array, runs) for array in list_arrays()]
+        else:
+            classes, mean, scale, matrix = kept.addresses
+            held.append(kept)
+        return ScalableUnit(
+            host_classes=address_of(unit.classes),
+            classes=classes,
+            mean=mean,
+            scale=scale,
+            matrix=matrix,
+            components=len(unit.classes),
+            matrix_bytes=0 if unit.synthesis is None else unit.synthesis.itemsize,
+            largest_scale=float(np.abs(unit.synthesis_scale).max()),
+        )
 
-        def make(hold: Hold) -> ScalableUnit:
-            return ScalableUnit(
-                host_classes=address_of(unit.classes),
-                classes=hold(unit.classes),
-                mean=hold(calibration.unit_mean(*place)),
-                scale=hold(unit.synthesis_scale),
-                matrix=0 if unit.synthesis is None else hold(unit.synthesis),
-                components=len(unit.classes),
-                matrix_bytes=0 if unit.synthesis is None else unit.synthesis.itemsize,
-                largest_scale=float(np.abs(unit.synthesis_scale).max()),
-            )
 
-        return self._constants.find(calibration, ("unit", place), make).value
+def _arrays_of(calibration: Calibration, place: tuple[int, int]) -> Sequence[Array | None]:
+    unit = calibration.units[place]
+    return (unit.classes, calibration.unit_mean(*place), unit.synthesis_scale, unit.synthesis)
 
 
-def _pin_angles(
-    pin: Callable[[npt.NDArray[np.generic]], npt.NDArray[np.generic]], frequencies: bytes, position: int, tokens: int
-) -> list[npt.NDArray[np.generic]]:
-    """Cosines and sines, float32 [tokens, pairs] each."""
-    rotation = Rotation("halves", np.frombuffer(frequencies, np.float32), np.zeros(0, np.uint8))
-    return [pin(table) for table in rotation.tables(position, tokens)]
+def _bring(array: Array | None, runs: list[Run]) -> int:
+    """Copy an array along; the address, for now, of where it will be."""
+    if array is None:
+        return 0
+    rows = np.ascontiguousarray(array)
+    runs.append(Run(address_of(rows), rows.nbytes, rows))
+    return place_in(len(runs) - 1)
+
+
+class _Angles:
+    """Cosines and sines, float32 [tokens, pairs] each, where they can be copied from: the last `ANGLE_BYTES`."""
+
+    def __init__(self, pin: _Pin) -> None:
+        self._pin = pin
+        self._kept: OrderedDict[tuple[bytes, int, int], Sequence[Array]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def find(self, frequencies: bytes, position: int, tokens: int) -> Sequence[Array]:
+        key = (frequencies, position, tokens)
+        with self._lock:
+            if key not in self._kept:
+                rotation = Rotation("halves", np.frombuffer(frequencies, np.float32), np.zeros(0, np.uint8))
+                self._kept[key] = [self._pin(table) for table in rotation.tables(position, tokens)]
+                self._bytes += _size_of(self._kept[key])
+            self._kept.move_to_end(key)
+            found = self._kept[key]
+            while self._bytes > ANGLE_BYTES:
+                self._bytes -= _size_of(self._kept.popitem(last=False)[1])
+            return found
+
+
+def _size_of(arrays: Sequence[Array]) -> int:
+    return sum(array.nbytes for array in arrays)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -50,6 +52,9 @@ class Streams(Protocol):
     def settle(self) -> None:
         """Wait until both are empty."""
 
+    def beside(self) -> Streams:
+        """The same copy stream with another decode stream, which waits for copies that are queued by it alone."""
+
 
 class _Reached:
     def synchronize(self) -> None:
@@ -83,15 +88,21 @@ class HostStreams:
     def settle(self) -> None:
         pass
 
+    def beside(self) -> Streams:
+        return self
+
 
 class CudaStreams:
-    """Two streams of one GPU. Neither waits for the default stream by itself."""
+    """Two streams of one GPU, or one beside the copy stream of others. None waits for the default stream by itself.
+
+    Whatever the device is that the calling thread uses else, it is that afterwards, and no other is touched.
+    """
 
     pin = True
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copy: torch.cuda.Stream | None = None) -> None:
         self._device = device
-        self._copy: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copy: torch.cuda.Stream = copy or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._decode: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
@@ -113,13 +124,13 @@ class CudaStreams:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        with torch.cuda.stream(self._copy):
+        with self._using(self._copy):
             yield
         self._decode.wait_event(self._copy.record_event())
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        with torch.cuda.stream(self._decode):
+        with self._using(self._decode):
             yield
 
     def mark_decoded(self) -> Mark:
@@ -131,6 +142,36 @@ class CudaStreams:
     def settle(self) -> None:
         self._copy.synchronize()
         self._decode.synchronize()
+
+    def beside(self) -> Streams:
+        return CudaStreams(self._device, self._copy)
+
+    @contextmanager
+    def _using(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        # The stream's own context ends by setting the device that the thread had, as streams are of one: where that was
+        # another, it would get a context of half a gigabyte. The device's context ends without.
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            yield
+
+
+def name_fully(device: torch.device) -> torch.device:
+    """The device with the number that `cuda` is in the calling thread: in another it would be another GPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def use_device(device: torch.device) -> None:
+    """Let the calling thread, which is one of this package's, work with `device` alone, if it is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def copy_in(streams: Streams, values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A copy of an array, there when this returns; its memory is the decode stream's."""
+    source = torch.from_numpy(np.array(values))
+    with streams.decoding():
+        there = torch.empty(source.shape, dtype=source.dtype, device=device)
+        there.copy_(source)
+    return there
 
 
 def open_streams(device: torch.device) -> Streams:

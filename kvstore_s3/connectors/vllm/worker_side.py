@@ -6,6 +6,7 @@ import concurrent.futures
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -34,8 +35,9 @@ from kvstore_s3.connectors.vllm.plans import failed_blocks
 from kvstore_s3.connectors.vllm.saves import ReadLater, SaveBudget, Saver
 from kvstore_s3.connectors.vllm.stats import Tally
 from kvstore_s3.device_save import DeviceKV
-from kvstore_s3.errors import DeviceError
+from kvstore_s3.errors import DeviceError, KVStoreError
 from kvstore_s3.runtime import SyncKVStore
+from kvstore_s3.store import KVStore
 
 _WRITERS = 2
 """Threads that write pages: beside decoding, they would only take its cores."""
@@ -226,6 +228,8 @@ class WorkerSide:
         if self._decoder is not None:
             self._encoder = kv.encoder_for(self._decoder)
             self._cache = on_device = DeviceCache.adopt(caches, layout, self._block_tokens, shard=kv.shard)
+            if self._writes and kv.quality.object_profile == "scalable":
+                self._store.runtime.submit(_learn_calibration(kv)).add_done_callback(result_or_none)
             return DeviceBlocks(on_device, self._decoder, self._waiter)
         self._cache = on_host = PagedCache.adopt(
             caches, layout, self._block_tokens, shard=kv.shard, model_dtype=self._model_dtype
@@ -315,3 +319,9 @@ class WorkerSide:
     def _note_save(self, report: SaveReport, size: int) -> None:
         with self._lock:
             self._ended_saves.append((report, size))
+
+
+async def _learn_calibration(kv: KVStore) -> None:
+    """Ask which calibration there is: saves are coded on a device from the answer on, and do not wait for it."""
+    with suppress(KVStoreError):  # they ask again
+        await kv.calibrations.current()
