@@ -21,7 +21,7 @@ CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # The GPU's half is compiled by `make cuda`; a change there is no reason to install anew.
 INSTALLED := $(filter-out csrc/cuda/%,$(NATIVE))
 
-.PHONY: help venv demo test test-servers test-engine check format minio minio-stop bench bench-codec bench-io bench-vllm \
+.PHONY: help venv demo test test-servers test-engine test-kernels check format minio minio-stop bench bench-codec bench-io bench-vllm \
   bench-gpu cuda gpu-check gpu-wheels fuzz clean
 
 help: ## this list
@@ -44,13 +44,17 @@ demo: venv ## warm documents, then ask about one from a new process (STORE=minio
 	@$(BIN)/python examples/demo.py --store $(STORE) $(if $(MODEL),--model $(MODEL))
 
 test: venv ## the tests that need nothing but Python, a C++ compiler, make and git
-	@$(PYTEST) -m "not server and not engine"
+	@$(PYTEST) -m "not server and not engine and not kernels"
 
 test-servers: venv ## the tests against real S3 servers: MinIO and versitygw (built with go where absent)
 	@$(PYTEST) -m server
 
 test-engine: venv ## the tests against a real vLLM on the CPU, in an environment of its own
 	@.ci/engine-test
+
+test-kernels: venv ## the GPU's kernels without one: data races, orders, and what nvcc made of them (fetched where absent)
+	@$(PYTEST) -m kernels
+	@$(BIN)/python .ci/ptx-test
 
 check: venv ## format, lint, types, architecture
 	@$(BIN)/ruff format --check .
@@ -119,7 +123,7 @@ cuda: ## build the GPU library into the package, with this machine's nvcc or PyP
 gpu-check: ## on a machine with a GPU: build, test, sanitize, measure; needs python3 with torch, nvcc, no network
 	@$(PYTHON) .ci/gpu-check
 
-gpu-wheels: ## fetch what gpu-check needs where Python has torch but not the rest (GPU_CHECK_WHEELS=dir, GPU_PYTHON=3.12)
+gpu-wheels: ## fetch the packages themselves in place of gpu-check's stand-ins (GPU_CHECK_WHEELS=dir, GPU_PYTHON=3.12)
 	@$(PYTHON) .ci/gpu-wheels
 
 bench-gpu: venv cuda ## decode and encode GB/s on a GPU beside what limits them, and time to first token; `make gpu-check` runs it too

@@ -1,15 +1,20 @@
-"""Fixtures for all tests: an environment without the developer's own settings, and S3 servers on demand."""
+"""Fixtures for all tests: an environment without the developer's own settings, and S3 servers on demand.
+
+What runs servers is imported where one is asked for: tests of the GPU's kernels need no S3 client.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from local_server import LocalServer
-from servers import build_servers, running_server
 from slab_watch import watch_slabs
+
+if TYPE_CHECKING:
+    from local_server import LocalServer
 
 _KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
 
@@ -21,6 +26,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Build the servers before the first test: the minutes that it takes, once, would be that test's timeout."""
     wanted = any(item.get_closest_marker("server") for item in session.items)
     if wanted and not session.config.option.collectonly:
+        from servers import build_servers
+
         build_servers()
 
 
@@ -38,22 +45,26 @@ def no_leaks() -> Iterator[None]:
         yield
 
 
+def _serve(name: str) -> Iterator[LocalServer]:
+    from servers import running_server
+
+    with running_server(name) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def minio() -> Iterator[LocalServer]:
     """A real MinIO. Put `minio.environment()` into the environment to use it; mark the test `server`."""
-    with running_server("minio") as server:
-        yield server
+    yield from _serve("minio")
 
 
 @pytest.fixture(scope="session")
 def versitygw() -> Iterator[LocalServer]:
     """A second real S3 implementation; mark the test `server`."""
-    with running_server("versitygw") as server:
-        yield server
+    yield from _serve("versitygw")
 
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[LocalServer]:
     """An imitation of S3: it proves semantics, not speed, and needs no program that is not in the venv."""
-    with running_server("moto") as server:
-        yield server
+    yield from _serve("moto")

@@ -17,3 +17,10 @@ def device(pytestconfig: pytest.Config) -> Device:
     if not ON_DEVICE and shutil.which(compiler) is None:
         pytest.skip(f"the kernels' emulation is built with {compiler}, which is not here; say which: CXX=g++")
     return open_device(Path(pytestconfig.cache.mkdir("kernels")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Late queues in one order are for every day; the others take long."""
+    for item in items:
+        if "[order 1" in item.name or "[order 2" in item.name:
+            item.add_marker(pytest.mark.kernels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import mmap
 import os
 import shlex
@@ -16,18 +17,22 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-import blake3
 import numpy as np
 import numpy.typing as npt
 
 from kvstore_s3.codec.device.library import Library, find_library
 
-CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
-FLAGS = [
-    *("-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"),
-    # A GPU cannot read across an alignment that a CPU does not mind: here it is an illegal instruction.
-    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-]
+ROOT = Path(__file__).resolve().parent.parent.parent
+CSRC, RACES = ROOT / "csrc", ROOT / "tests" / "device" / "races"
+# Fibres jump from stack to stack, which fortified libraries take for a mistake.
+COMMON = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE")
+# What C++ leaves undefined is an illegal instruction here: a GPU cannot even read across an alignment that a CPU does
+# not mind.
+UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error")
+FLAGS = (*COMMON, "-O2", *UNDEFINED)
+DETECTOR_FLAGS = (*COMMON, "-O2", "-DKVS_RACES")
+# Calls before each access, which the detector takes; the compiler's own runtime for them is not linked.
+WATCHED_FLAGS = (*COMMON, "-O1", "-g1", "-DKVS_RACES", "-fsanitize=thread")
 ON_DEVICE = os.environ.get("KVSTORE_S3_CUDA") == "1"
 """Read when tests are collected: `clean_environment` hides it from them."""
 
@@ -127,29 +132,40 @@ def open_device(cache: Path) -> Device:
     return TorchDevice(found.library)
 
 
-def build(cache: Path) -> Path:
-    """The emulation of all kernels as a shared library. One process builds, others wait for it."""
+def find_compiler() -> list[str]:
+    """The C++ compiler and its first arguments."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def build(cache: Path, *, watched: bool = False) -> Path:
+    """The emulation of all kernels as a shared library. One process builds, others wait for it.
+
+    `watched`: with the detector of data races (watched.py).
+    """
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        common = _digest([compiler, FLAGS, _run([*compiler, "--version"])], sorted(CSRC.rglob("*.h")))
-        objects = [_compile(compiler, source, common, cache) for source in _sources()]
+        compiler = find_compiler()
+        common = _digest([compiler, _run([*compiler, "--version"])], sorted(CSRC.rglob("*.h")))
+        sources = [(source, WATCHED_FLAGS if watched else FLAGS) for source in _sources()]
+        if watched:
+            sources += [(RACES / "detector.cpp", DETECTOR_FLAGS), (RACES / "mistakes.cu", WATCHED_FLAGS)]
+        objects = [_compile([*compiler, *flags], source, common, cache) for source, flags in sources]
         return _make(
             cache, _digest(objects, []), ".so", lambda to: [*compiler, "-shared", *map(str, objects), "-o", to]
         )
 
 
 def _sources() -> list[Path]:
-    """As the GPU's own build takes them (csrc/cuda/CMakeLists.txt)."""
+    """As the GPU's own build takes them (csrc/cuda/CMakeLists.txt), and the emulator."""
     return sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cpp")])
 
 
 def _compile(compiler: list[str], source: Path, common: str, cache: Path) -> Path:
     def command(to: str) -> list[str]:
-        return [*compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", to]
+        return [*compiler, "-x", "c++", "-c", str(source), "-o", to]
 
-    return _make(cache, f"{source.stem}-{_digest([common], [source])}", ".o", command)
+    return _make(cache, f"{source.stem}-{_digest([compiler, common], [source])}", ".o", command)
 
 
 def _make(cache: Path, name: str, suffix: str, command: _Command) -> Path:
@@ -166,9 +182,9 @@ class _Command(Protocol):
 
 
 def _digest(texts: Iterable[object], files: Iterable[Path]) -> str:
-    digest = blake3.blake3(repr([str(text) for text in texts]).encode())
+    digest = hashlib.blake2b(repr([str(text) for text in texts]).encode())
     for path in files:
-        digest.update(str(path.relative_to(CSRC)).encode() + b"\0")
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0")
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 

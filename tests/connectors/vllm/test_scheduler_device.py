@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,9 @@ pytest.importorskip("vllm", reason="needs the engine environment: make test-engi
 pytestmark = pytest.mark.engine
 
 import torch  # noqa: E402
-from connectors.vllm.rig import Rig, RigOptions, Shape, tokens  # noqa: E402
-from connectors.vllm.rig_store import Faults  # noqa: E402
-from connectors.vllm.rig_traffic import Habits, Traffic, check_store  # noqa: E402
+from connectors.vllm.rig import Rig, RigOptions, tokens  # noqa: E402
+from connectors.vllm.rig_device import ABORTING, CASES, SHAPE, abort_loads, meet_only_right_kv, settle  # noqa: E402
+from connectors.vllm.rig_traffic import Habits, check_store  # noqa: E402
 from device.emulated import build  # noqa: E402
 
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder  # noqa: E402
@@ -73,69 +72,19 @@ def decoder(library: WatchedLibrary) -> Iterator[DeviceDecoder]:
         yield decoder
 
 
-SHAPE = Shape(on_device=True)
-BY_LAYER = {"load_mode": "by-layer"}
 SHORT = Habits(requests=40)
-CASES = {
-    "the engine's own prefix cache in front": RigOptions(SHAPE, blocks=24),
-    "every prefix from the store": RigOptions(SHAPE, chunk_tokens=64, prefix_caching=False),
-    "preemptions": RigOptions(SHAPE, blocks=20, prefix_caching=False),
-    "chunks that end within a block": RigOptions(SHAPE, chunk_tokens=48, prefix_caching=False),
-    "blocks as long as chunks": RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False),
-    "chunks of three blocks": RigOptions(SHAPE, chunk_tokens=96, prefix_caching=False),
-    "float32": RigOptions(replace(SHAPE, dtype=torch.float32), chunk_tokens=32, prefix_caching=False),
-    "float16": RigOptions(replace(SHAPE, dtype=torch.float16), chunk_tokens=32, prefix_caching=False),
-    "fp8": RigOptions(replace(SHAPE, dtype=torch.float8_e4m3fn), chunk_tokens=32, prefix_caching=False),
-    "fp8 by layer": RigOptions(replace(SHAPE, dtype=torch.float8_e4m3fn), chunk_tokens=32, blocks=24, extra=BY_LAYER),
-    "loads by layer": RigOptions(SHAPE, chunk_tokens=32, blocks=24, extra=BY_LAYER),
-    "loads by layer, each prefix": RigOptions(SHAPE, chunk_tokens=32, prefix_caching=False, extra=BY_LAYER),
-    "two ranks": RigOptions(SHAPE, chunk_tokens=32, ranks=2, prefix_caching=False),
-    "the caller's own process": RigOptions(SHAPE, chunk_tokens=32, blocks=20, processes=False),
-}
-
-
-def settle(rig: Rig) -> None:
-    """Until all saves are stored: `Rig.run` ends when their blocks are read."""
-    end = time.monotonic() + 60
-    while rig.scheduler.connector._scheduler._saves._saves:
-        assert time.monotonic() < end
-        rig.step()
-        time.sleep(0.002)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_random_traffic_meets_only_right_kv_on_a_device(name: str, decoder: DeviceDecoder, library: WatchedLibrary):
     options = replace(CASES[name], decoder=decoder)
     store = "faulty://device-" + re.sub(r"[^a-z]", "", name)
-    with Rig(store, options) as rig:
-        traffic = Traffic(rig, SHORT, seed=len(name))
-        traffic.run()
-        settle(rig)
-        for prompt, salt in traffic.prompts:  # on a busy machine, all saves may have come too late for the traffic
-            if sum(rig.external.values()):
-                break
-            rig.ask(prompt, salt=salt)
-            rig.run()
-        rig.check_nothing_left()
-        assert sum(rig.external.values()) > 0, "nothing was loaded: this proves nothing"
+    meet_only_right_kv(store, options, SHORT, seed=len(name))
     assert bool(library.jobs) == bool(library.encoded) == (options.shape.dtype == torch.bfloat16)
-    assert check_store(store, rig.formula, traffic.prompts, chunk_tokens=options.chunk_tokens) > 0
 
 
 def test_loads_and_aborts_leave_blocks_of_others_alone_on_a_device(decoder: DeviceDecoder):
-    options = RigOptions(SHAPE, chunk_tokens=32, blocks=18, longest=512, prefix_caching=False, decoder=decoder)
-    faults = Faults(delay_s=(0.0, 0.02), seed=5)
-    with Rig("faulty://device-aborts", options, faults) as rig:
-        rig.ask(tokens(400))
-        rig.run()
-        for round_number in range(6):
-            name = rig.ask(tokens(400))
-            for _ in range(2 + round_number % 4):
-                rig.step()
-            rig.abort(name)
-            rig.ask(tokens(300, seed=round_number), answer=2)
-            rig.run()
-        rig.check_nothing_left()
+    abort_loads("faulty://device-aborts", replace(ABORTING, decoder=decoder), rounds=6)
 
 
 def test_a_device_that_fails_ends_in_computing(decoder: DeviceDecoder, library: WatchedLibrary):
