@@ -1,219 +1,190 @@
 """Decoding and encoding on a GPU: GB/s of bf16 by profile and number of chunks, beside what limits them.
 
     python benchmarks/gpu_bench.py [--name gpu-h100] [--seconds 300]
-    python benchmarks/gpu_bench.py --emulation LIBRARY
+    python benchmarks/gpu_bench.py --emulation LIBRARY [--results DIR]
 
 The layouts are those of an 8B (32 layers, 8 KV heads of 128) and a 70B model (80 layers); chunks have 256 tokens,
-sections 4 layers, and values go to blocks of 16 tokens in no order. What came out is compared with what went in.
-Beside it the limits, decoding beside an engine's step (gpu_share.py), and each kernel's occupancy by its registers and
-shared memory. Time to the first token is gpu_first_token.py's. With `--emulation` a tiny case runs on the host, which
-proves the benchmark and measures nothing.
+sections 4 layers, and values go to blocks of 16 tokens in no order. All that came out is compared with what went in.
+Beside it the limits, from slab to block, decoding beside an engine's step (gpu_share.py), and each kernel's occupancy
+by its registers and shared memory. Time to the first token is gpu_first_token.py's.
+
+Rows are kept as they come, the most important first. One that fails is kept as failed, with why, and the others go on;
+exit code 1. With `--emulation` a tiny case runs on the host, which proves the benchmark and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from gpu_cases import MODELS, TINY, LosslessDecoding, Model, PagedCache, Sections
-from gpu_clock import current_stream, seconds
-from gpu_encoding import LosslessEncoding
-from gpu_limits import measure_limits
-from gpu_machine import Budget, find_machine
+from gpu_cases import MODELS, TINY
+from gpu_clock import wake
+from gpu_journal import Journal
+from gpu_machine import Budget, GpuLostError, attempt, find_machine
 from gpu_occupancy import describe_occupancy, print_occupancy
-from gpu_path import measure_path
-from gpu_scalable import LossyDecoding, LossySections, draw_lossy
-from gpu_scalable_encoding import LossyEncoding
-from gpu_share import CHUNKS as SHARE_CHUNKS
-from gpu_share import measure_share, print_share
-from record import record
+from gpu_product import BUDGETS
+from gpu_share import STEP_TOKENS, TINY_STEP_TOKENS
+from gpu_tasks import Task, Tasks, Where
+from gpu_watch import LOST, Sign, add_options, result_of, run_watched
 
+from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET
 from kvstore_s3.codec.device.library import Library
 
-CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+CHUNKS, TINY_CHUNKS = (1, 4, 16, 64, 256, 512), (1, 2)
 COPY_BYTES = 2**30
-DISTINCT = {"8B": 16, "70B": 20, "tiny": 3}
-"""Different sections of each layout: 85 MB of streams, more than a GPU's cache holds."""
-PATH_CHUNKS = (16, 64)
-LOSSY_CHUNKS = (1, 16, 64, 256)
-DISTINCT_LOSSY = 4
-PROFILES = {"near-lossless": 3, "balanced": 2, "small": 1}
-"""Profile -> levels that are read, and here written (saves write three, but of values that were computed from fewer).
-Calibrated, with a transform of 4 layers; and without one, "uncalibrated"."""
-
+LISTS = ("codec", "slab_to_block", "product_path", "beside_an_engine")
+SILENCE = 40.0
+"""Seconds that a task may take: the longest, 512 chunks of which each section is parsed, takes some five."""
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
 class Bench:
-    library: Library
-    device: torch.device
-    budget: Budget
+    """Runs tasks on `device`, within `budget`, and keeps what they found."""
 
-    def allows(self, what: str, needed: float) -> bool:
-        """Whether there is time for it, and memory for `needed` bytes with a tenth left over; says so where not."""
-        if not self.budget.allows(what):
+    def __init__(self, device: torch.device, budget: Budget, journal: Journal) -> None:
+        self._device, self._budget, self._journal = device, budget, journal
+        self._paces: dict[str, float] = {}
+
+    def run(self, task: Task) -> None:
+        """Measure and keep; leave out what there is no time or memory for. Raises `GpuLostError`."""
+        if not self._journal.begin(task.what):
+            return
+        if self._allows(task):
+            begin = time.monotonic()
+            with attempt(task.what, self._journal, self._budget, self._device):
+                self._keep(task, task.run())
+            if task.size:
+                self._paces[task.pace] = (time.monotonic() - begin) / task.size
+        self._journal.end()
+
+    def _keep(self, task: Task, row: Row) -> None:
+        if task.name:
+            (self._journal.put if task.whole else self._journal.add)(task.name, row)
+            print_row(task.name, row, self._journal.document)
+
+    def _allows(self, task: Task) -> bool:
+        """Whether there is time for it, and memory with a tenth left over; says so where not."""
+        if not self._budget.allows(task.what, self._paces.get(task.pace, 0.0) * task.size):
             return False
-        if self.device.type == "cuda":
+        if self._device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(self.device)
-            if needed + 1e9 > free - total / 10:
-                self.budget.leave_out(what, "the GPU's memory does not hold it")
+            free, total = torch.cuda.mem_get_info(self._device)
+            if task.needed + 1e9 > free - total / 10:
+                why = f"it takes {task.needed / 1e9:.0f} GB of the GPU's memory, and {free / 1e9:.0f} are free"
+                self._budget.leave_out(task.what, why)
                 return False
         return True
 
-    def decode(self, sections: Sections, chunks: int) -> Row | None:
-        model = sections.model
-        if not self.allows(f"lossless decode, {model.name}, {chunks} chunks", chunks * model.chunk_bytes):
-            return None
-        case = LosslessDecoding(sections, chunks, PagedCache(model, chunks, self.device), self.device)
-        took = seconds(lambda: case.run(self.library, current_stream(self.device)), self.device)
-        case.check()
-        return describe(model, "lossless", "decode", chunks, took, case.bytes_out, sections.bits_per_value)
 
-    def encode(self, sections: Sections, chunks: int) -> Row | None:
-        model = sections.model
-        needed = LosslessEncoding.bytes_needed(sections, chunks)
-        if not self.allows(f"lossless encode, {model.name}, {chunks} chunks", needed):
-            return None
-        cache = PagedCache(model, chunks, self.device)
-        case = LosslessEncoding(self.library, sections, chunks, cache, self.device)
-        took = seconds(lambda: case.run(current_stream(self.device)), self.device)
-        case.check()
-        return describe(model, "lossless", "encode", chunks, took, case.bytes_in, case.bits_per_value)
-
-    def decode_lossy(self, profile: str, sections: LossySections, levels: int, chunks: int) -> Row | None:
-        model = sections.model
-        needed = LossyDecoding.bytes_needed(model, chunks)
-        if not self.allows(f"{profile} decode, {model.name}, {chunks} chunks", needed):
-            return None
-        cache = PagedCache(model, chunks, self.device)
-        case = LossyDecoding(self.library, sections, levels, chunks, cache, self.device)
-        took = seconds(lambda: case.run(current_stream(self.device)), self.device)
-        case.check()
-        bits = sections.bits_per_value[levels - 1]
-        row = describe(model, profile, "decode", chunks, took, case.bytes_out, bits)
-        return {**row, "host_parse_ms": case.host_seconds * 1e3}
-
-    def encode_lossy(self, profile: str, sections: LossySections, levels: int, chunks: int) -> Row | None:
-        model = sections.model
-        needed = LossyEncoding.bytes_needed(model, chunks)
-        if not self.allows(f"{profile} encode, {model.name}, {chunks} chunks", needed):
-            return None
-        cache = PagedCache(model, chunks, self.device)
-        case = LossyEncoding(self.library, sections, levels, chunks, cache, self.device)
-        took = seconds(lambda: case.run(current_stream(self.device)), self.device)
-        case.check()
-        return describe(model, profile, "encode", chunks, took, case.bytes_in, case.bits_per_value)
+def measure(bench: Bench, tasks: Iterable[Task], journal: Journal) -> int:
+    """All figures. The exit code."""
+    for name in LISTS:
+        journal.document.setdefault(name, [])
+    print(f"{'model':6}{'profile':16}{'verb':8}{'chunks':>7}{'ms':>10}{'GB/s bf16':>10}")
+    for task in tasks:
+        bench.run(task)
+    journal.close()
+    for failed in journal.failed:
+        print(f"FAILED: {failed['what']}: {failed['why']}")
+    return 1 if journal.failed else 0
 
 
-def describe(model: Model, profile: str, verb: str, chunks: int, took: float, size: int, bits: float) -> Row:
-    return {
-        "model": model.name,
-        "profile": profile,
-        "verb": verb,
-        "chunks": chunks,
-        "milliseconds": took * 1e3,
-        "bf16_gb_s": size / took / 1e9,
-        "compressed_gb_s": size / took / 1e9 * bits / 16,
-        "least_moved_gb_s": size / took / 1e9 * (1 + bits / 16),
-        "bits_per_value": bits,
-    }
+def print_row(name: str, row: Row, document: Row) -> None:
+    PRINTED[name](row, document)
+    sys.stdout.flush()
 
 
-def measure(
-    bench: Bench, models: tuple[Model, ...], counts: tuple[int, ...], found: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """All figures, in `found` where it is given, as they come: what fails later leaves them there."""
-    found = {} if found is None else found
-    copied = COPY_BYTES if bench.device.type == "cuda" else 2**20
-    limits = measure_limits(models[0], min(64, counts[-1]), bench.device, copied)
-    print_limits(limits)
-    found |= {"limits": limits, "codec": [], "slab_to_block": [], "beside_an_engine": []}
-    for model in models:
-        sections = Sections.draw(model, DISTINCT[model.name])
-        if model is models[0] and bench.allows(
-            "decoding beside an engine's step", 2 * model.chunk_bytes * SHARE_CHUNKS
-        ):
-            for share in measure_share(bench.library, sections, bench.device):
-                print_share(share)
-                found["beside_an_engine"].append(share)
-        for row in measure_codec(bench, sections, counts):
-            print_row(row, limits)
-            found["codec"].append(row)
-        for chunks in PATH_CHUNKS if bench.device.type == "cuda" else counts[:1]:
-            if bench.allows(f"slab to block, {model.name}, {chunks} chunks", 1.8 * chunks * model.chunk_bytes):
-                path = {"model": model.name, **measure_path(bench.library, sections, chunks, bench.device)}
-                print_path(path)
-                found["slab_to_block"].append(path)
-    return found
-
-
-def measure_codec(bench: Bench, sections: Sections, counts: tuple[int, ...]) -> Iterator[Row]:
-    """Lossless at all counts; every lossy profile at those that show where it saturates."""
-    for work in (bench.decode, bench.encode):
-        yield from filter(None, (work(sections, chunks) for chunks in counts))
-    few = [chunks for chunks in counts if chunks in LOSSY_CHUNKS]
-    for calibrated, names in ((True, PROFILES), (False, {"uncalibrated": 3})):
-        lossy = draw_lossy(sections.model, DISTINCT_LOSSY, calibrated=calibrated)
-        for profile, levels in names.items():
-            for lossy_work in (bench.decode_lossy, bench.encode_lossy):
-                yield from filter(None, (lossy_work(profile, lossy, levels, chunks) for chunks in few))
-
-
-def print_limits(limits: dict[str, Any]) -> None:
-    shown = {name: f"{value:.1f}" if value is not None else "-" for name, value in limits.items()}
+def _print_limits(row: Row, _: Row) -> None:
+    shown = {name: f"{value:.1f}" if value is not None else "-" for name, value in row.items()}
     print(f"limits, GB/s: {', '.join(f'{name} {value}' for name, value in shown.items())}")
-    print(f"{'model':6}{'profile':16}{'verb':8}{'chunks':>7}{'ms':>10}{'GB/s bf16':>10}{'of scatter':>12}")
 
 
-def print_row(row: dict[str, Any], limits: dict[str, Any]) -> None:
-    scatter = limits["scatter_gb_s_out"]
-    share = f"{row['bf16_gb_s'] / scatter:12.2f}" if scatter else f"{'-':>12}"
+def _print_codec(row: Row, document: Row) -> None:
+    scatter = document.get("limits", {}).get("scatter_gb_s_out")
+    share = f", {row['bf16_gb_s'] / scatter:.2f} of scatter" if scatter else ""
     print(
         f"{row['model']:6}{row['profile']:16}{row['verb']:8}{row['chunks']:7}{row['milliseconds']:10.3f}"
-        f"{row['bf16_gb_s']:10.1f}{share}",
-        flush=True,
+        f"{row['bf16_gb_s']:10.1f}{share}"
     )
 
 
-def print_path(path: dict[str, Any]) -> None:
+def _print_path(row: Row, _: Row) -> None:
+    how = f", the product's with {row['device_buffer_bytes'] >> 20} MiB" if "device_buffer_bytes" in row else ""
     print(
-        f"{path['model']}, {path['chunks']} chunks, slab to block: {path['compressed_gb_s']:.1f} GB/s compressed, "
-        f"{path['bf16_gb_s']:.1f} of bf16; the copy alone {path['copy_alone_gb_s']:.1f}: "
-        f"{path['share_of_copy']:.2f} of it",
-        flush=True,
+        f"{row['model']}, {row['chunks']} chunks, {row.get('profile', 'lossless')}, slab to block{how}: "
+        f"{row['compressed_gb_s']:.1f} GB/s compressed, {row['bf16_gb_s']:.1f} of bf16; the copy alone "
+        f"{row['copy_alone_gb_s']:.1f}: {row['share_of_copy']:.2f} of it"
     )
+
+
+def _print_share(row: Row, _: Row) -> None:
+    print(
+        f"decoding on {row['share']:.0%} of the multiprocessors, a step of {row['step_tokens']} tokens: "
+        f"{row['step_ms_alone']:.2f} ms alone, {row['slowdown']:.2f} times that beside it; decoding "
+        f"{row['decode_gb_s_alone']:.0f} GB/s of bf16 alone, {row['decode_gb_s_beside']:.0f} beside"
+    )
+
+
+def _print_load(row: Row, _: Row) -> None:
+    if row:
+        print("under load: " + ", ".join(f"{name} {value}" for name, value in row.items()))
+
+
+PRINTED: dict[str, Callable[[Row, Row], None]] = {
+    "limits": _print_limits,
+    "codec": _print_codec,
+    "slab_to_block": _print_path,
+    "product_path": _print_path,
+    "beside_an_engine": _print_share,
+    "gpu": _print_load,
+    "occupancy": lambda row, _: print_occupancy(row),
+}
+
+
+def occupancy_task(capability: str) -> Task:
+    return Task("occupancy", "occupancy", lambda: describe_occupancy(capability), whole=True)
+
+
+def run_here(options: argparse.Namespace) -> int:
+    """All of it in this process."""
+    sign = Sign(options.sign) if options.sign is not None else None
+    if options.emulation:
+        library = Library(options.emulation.resolve(), emulated=True)
+        where = Where(library, torch.device("cpu"), {"smallest": SMALLEST_BUDGET}, TINY_STEP_TOKENS, 2**20)
+        path = result_of(options) if options.results else None
+        journal = Journal(path, {}, resume=options.resume, on_sign=sign)
+        bench = Bench(where.device, Budget(options.seconds, journal.left_out), journal)
+        return measure(bench, Tasks(where, (TINY,), TINY_CHUNKS), journal)
+    machine = find_machine(options.name)
+    if machine is None:
+        return 2
+    journal = Journal(result_of(options), {"gpu": machine.gpu}, resume=options.resume, on_sign=sign)
+    wake(machine.device)
+    where = Where(machine.library, machine.device, BUDGETS, STEP_TOKENS, COPY_BYTES)
+    bench = Bench(machine.device, Budget(options.seconds, journal.left_out), journal)
+    try:
+        tasks = Tasks(where, MODELS, CHUNKS)
+        return measure(bench, [occupancy_task(machine.gpu["capability"]), *tasks], journal)
+    except GpuLostError as error:
+        print(f"the GPU is lost to this process: {error}", flush=True)
+        journal.end()
+        os._exit(LOST)  # what would be freed now would fail, and might not return
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="of the result (default: gpu-<device>)")
-    parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--emulation", type=Path, metavar="LIBRARY")
+    add_options(parser)
     options = parser.parse_args()
-    budget = Budget(options.seconds)
-    if options.emulation:
-        library = Library(options.emulation.resolve(), emulated=True)
-        measure(Bench(library, torch.device("cpu"), budget), (TINY,), (1, 2))
-        return 0
-    machine = find_machine(options.name)
-    if machine is None:
-        return 2
-    bench = Bench(machine.library, machine.device, budget)
-    kernels = describe_occupancy(machine.gpu["capability"])
-    print_occupancy(kernels)
-    found = {"gpu": machine.gpu, "occupancy": kernels}
-    try:
-        measure(bench, MODELS, CHUNKS, found)
-    finally:
-        record(machine.name, {**found, "left_out": budget.left_out}, "numpy", "torch")
-    return 0
+    if options.sign is not None or (options.emulation and not options.results):
+        return run_here(options)
+    return run_watched(options, [__file__], part=None, silence=SILENCE)
 
 
 if __name__ == "__main__":

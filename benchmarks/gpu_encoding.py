@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from gpu_cases import Model, PagedCache, Sections
+from gpu_cases import Model, PagedCache, Sections, pick
+from gpu_compare import ExpectedPayloads, split, tell_wrong
 
 from kvstore_s3.codec.base import Bits
 from kvstore_s3.codec.device.encode_plans import EncodePlan
@@ -31,7 +33,7 @@ class Encoding:
         device: torch.device,
     ) -> None:
         self._model, self._plans, self._cache, self.chunks = model, plans, cache, chunks
-        self._values = values
+        self._values, self._device, self._all = values, device, range(chunks)
         _fill(cache, model, values, chunks, device)
         self._room = round_up(max(plan.payload_bytes for plan in plans))
         scratch = round_up(max(plan.scratch_bytes for plan in plans))
@@ -53,38 +55,61 @@ class Encoding:
         self._lengths = torch.zeros(len(self._jobs) * plans[0].work.lengths, dtype=torch.int32, device=device)
 
     @property
-    def bytes_in(self) -> int:
-        return self.chunks * self._model.chunk_bytes
-
-    @property
     def bits_per_value(self) -> float:
         """Of all payloads, once encoded."""
-        return 8 * int(self._lengths.long().sum()) / (self.bytes_in / 2)
+        return 8 * int(self._lengths.long().sum()) / (self.chunks * self._model.chunk_bytes / 2)
 
     def run(self, stream: int) -> None:
         work, at = self._plans[0].work, self._queue.data_ptr()
         work.launch(self._jobs, self._cache.pages, at=at, lengths=self._lengths.data_ptr(), stream=stream)
 
-    def read(self, chunk: int, group: int) -> tuple[int, list[bytes]]:
-        """Which of the values a section has, and the payloads of its levels."""
-        number, plan = group * self.chunks + chunk, self._plans[group]
-        rows = self._lengths.cpu().numpy().view(np.uint32).reshape(-1, self._streams, plan.work.lengths)
-        sizes = self.sizes_of(plan, rows[number])
+    def spoil(self) -> None:
+        """Forget what was coded."""
+        self._payloads.fill_(0xA5)
+        self._lengths.fill_(-1)
+
+    def check(self) -> None:
+        """Every payload is what it must be. Raises `AssertionError`."""
+        groups = len(self._plans)
+        picks = [pick(self._model, len(self._values), chunk, group) for group in range(groups) for chunk in self._all]
+        sizes = self._read_sizes()
+        first = {which: number for number, which in reversed(list(enumerate(picks)))}
+        with ThreadPoolExecutor() as threads:
+            found = threads.map(
+                lambda which: self.expected(which, self._read(first[which], sizes[first[which]])), first
+            )
+            known = dict(zip(first, found, strict=True))
+        payloads = ExpectedPayloads([b"".join(known.get(which, [])) for which in range(max(known) + 1)], self._device)
+        wrong = payloads.find_wrong(self._payloads.view(len(picks), self._room), picks)
+        other = [size != [len(level) for level in known[which]] for size, which in zip(sizes, picks, strict=True)]
+        tell_wrong((wrong | np.array(other)).reshape(groups, self.chunks))
+
+    def expected(self, which: int, found: list[bytes]) -> Sequence[bytes]:
+        """The payloads of the levels of these values; `found` are the first of them that came out."""
+        raise NotImplementedError
+
+    def _read_sizes(self) -> list[list[int]]:
+        """Of the levels of each section."""
+        rows = self._lengths.cpu().numpy().view(np.uint32)
+        rows = rows.reshape(len(self._plans), self.chunks, self._streams, self._plans[0].work.lengths)
+        found = []
+        for group, (plan, mine) in enumerate(zip(self._plans, rows, strict=True)):
+            for chunk, lengths in enumerate(mine):
+                sizes = self.sizes_of(plan, lengths)
+                sound = sizes is not None and sum(sizes) <= self._room
+                assert sound, f"chunk {chunk}, layer group {group} has no lengths, or they are too large"
+                found.append(list(sizes or ()))
+        return found
+
+    def _read(self, number: int, sizes: Sequence[int]) -> list[bytes]:
         begin = number * self._room
         payload = self._payloads[begin : begin + sum(sizes)].cpu().numpy().tobytes()
         ends = np.cumsum(sizes).tolist()
-        found = [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
-        return (chunk * self._model.groups + group) % len(self._values), found
+        return [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
-    def sizes_of(self, plan: EncodePlan, lengths: np.ndarray) -> Sequence[int]:
-        """Bytes of each level of a section, from the lengths that the device gave."""
-        sizes = plan.level_sizes(lengths)
-        assert sizes is not None, "raw would be no longer"
-        return sizes
-
-    def read_ends(self) -> list[tuple[int, list[bytes]]]:
-        """As `read`, the first section and the last."""
-        return [self.read(0, 0), self.read(self.chunks - 1, self._model.groups - 1)]
+    def sizes_of(self, plan: EncodePlan, lengths: np.ndarray) -> Sequence[int] | None:
+        """Bytes of each level of a section, from the lengths that the device gave; None: raw would be no longer."""
+        return plan.level_sizes(lengths)
 
 
 class LosslessEncoding(Encoding):
@@ -104,21 +129,21 @@ class LosslessEncoding(Encoding):
         self._expected = sections.payloads
 
     @staticmethod
-    def bytes_needed(sections: Sections, chunks: int) -> int:
+    def bytes_needed(model: Model, chunks: int) -> int:
         """Device memory: the cache, payloads with room for the worst, and scratch as large."""
-        return 3 * chunks * sections.model.chunk_bytes + chunks * sections.model.chunk_bytes // 8
+        return 3 * chunks * model.chunk_bytes + chunks * model.chunk_bytes // 8
 
-    def check(self) -> None:
-        """The first and the last payload are the CPU's, byte for byte. Raises `AssertionError`."""
-        for which, levels in self.read_ends():
-            assert levels == [self._expected[which]], f"values {which} were coded otherwise"
+    def expected(self, which: int, found: list[bytes]) -> Sequence[bytes]:
+        """The CPU's."""
+        return [self._expected[which]]
 
 
 def _fill(cache: PagedCache, model: Model, sections: Sequence[Bits], chunks: int, device: torch.device) -> None:
-    values = [torch.from_numpy(value.view(np.int16)).view(torch.bfloat16).to(device) for value in sections]
+    values = torch.from_numpy(np.stack(sections).view(np.int16)).view(torch.bfloat16).to(device)
     for group in range(model.groups):
-        for chunk in range(chunks):
-            cache.write(model, chunk, group, values[(chunk * model.groups + group) % len(values)])
+        for part in split(chunks, 2 * sections[0].size):
+            picks = [pick(model, len(sections), chunk, group) for chunk in part]
+            cache.put(group, part, values[torch.tensor(picks, device=device)])
 
 
 def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Time to the first token of an 8B-shaped model on a GPU: computed, and from the file store, NVMe and host memory.
 
     python benchmarks/gpu_first_token.py [--name gpu-h100] [--seconds 300] [--directory DIR] [--plain]
-    python benchmarks/gpu_first_token.py --emulation LIBRARY
+    python benchmarks/gpu_first_token.py --emulation LIBRARY [--results DIR]
 
 The model is transformers' Llama behind the connector for it or, with `--plain` or where there is no transformers, a
 plain one in torch. Its weights are random and so are the prompts, whose KV hardly compresses: the bits it takes are
@@ -13,7 +13,8 @@ A hit's KV must be what was saved, bit for bit, and its logits those of the same
 (One pass over the whole prompt goes through other kernels, which round otherwise: whether its token is the same is
 kept too.) Files are written below DIR, the store's and the NVMe tier's on one disk, and their pages dropped from the
 system's cache before they are read; *disk* is how long plain reads of them take. Figures join results/<name>.json as
-"first_token".
+"first_token", each as it comes. A tier or a length that fails is kept as failed, with why, and the others go on; exit
+code 1.
 """
 
 from __future__ import annotations
@@ -24,262 +25,92 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from gpu_machine import Budget, find_machine
-from gpu_models import LLAMA_8B, TAIL, TINY, Answer, Engine, Shape, open_engine
-from record import add_to_record
+from gpu_journal import Journal
+from gpu_machine import Budget, GpuLostError, find_machine
+from gpu_models import LLAMA_8B, TINY, Engine, PlainEngine, Shape, open_engine
+from gpu_prompt import Bench, Prompt
+from gpu_watch import LOST, Sign, add_options, result_of, run_watched
 
-from kvstore_s3 import Namespace, Settings, connect
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET, DeviceDecoder
 from kvstore_s3.codec.device.library import Library
-from kvstore_s3.config import MiB
-from kvstore_s3.device_load import Device
-from kvstore_s3.device_save import DeviceKV, LayersMemory
-from kvstore_s3.runtime import SyncKVStore
 
+PART = "first_token"
+SILENCE = 75.0
+"""Seconds that a row may take: a prompt of 128K tokens is computed in some 15, and filling a tier takes as long."""
 DIRECTORY = Path(__file__).parent.parent / "build" / "gpu"
 LENGTHS, TINY_LENGTHS = (8192, 32768, 131072), (96, 160)
-ROUNDS, PATIENCE = 3, 12.0
-"""Times that a figure is taken, unless that takes longer than so many seconds: one at least."""
 SHARE_STORED = 0.8
 """Of the KV's bytes: room that is asked for on disk and in memory before it is known what is needed."""
-FILLED_AT_ONCE, PASSES = 4, 3
-"""Chunks that a tier is filled with at a time, and how often what it did not take is offered again."""
-READ_FROM = {"file": "store_read_bytes", "NVMe": "nvme_hit_bytes", "host": "host_hit_bytes"}
-"""Row -> the counter of the bytes that it must read, and no other."""
+FIRST_PROMPT = "the model and a first prompt, whose figures are not kept"
+"""Where that fails with transformers, whichever version there is, another process takes plain torch."""
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """`place` is where KV is decoded to: `device`, or a decoder into its memory."""
+class EngineError(Exception):
+    """This engine does not do what is asked of it."""
 
-    engine: Engine
-    shape: Shape
-    device: torch.device
-    place: Device
-    directory: Path
-    budget: Budget
 
-    def rows(self, lengths: Sequence[int]) -> Iterator[Row]:
-        """The shortest prompt first; what there is no time or room for is named."""
-        chunk = self.shape.chunk_tokens
-        for _ in self._measure(max(lengths[0] // 2 // chunk, 2) * chunk):
-            pass  # libraries load their kernels
+class Prompts:
+    """Of different lengths."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self._journal, self._budget = bench, bench.journal, bench.budget
+
+    def measure(self, lengths: Sequence[int]) -> None:
+        """The shortest prompt first. Figures are printed and kept as they come; what there is no time or room for is
+        named, and what fails is kept as failed. Raises `GpuLostError`.
+        """
+        chunk = self._bench.shape.chunk_tokens
+        first = max(lengths[0] // 2 // chunk, 2) * chunk
+        fine = len(self._journal.failed)
+        self._journal.begin(FIRST_PROMPT)
+        self._measure(FIRST_PROMPT, first, lambda row: None)
+        if len(self._journal.failed) > fine and not isinstance(self._bench.engine, PlainEngine):
+            raise EngineError("the first prompt failed; plain torch is tried instead")
+        self._journal.end()
         spent, before = 0.0, 0
         for tokens in lengths:
             what = f"first token after {tokens} tokens"
             expected = spent * (tokens / before) ** 1.2 if before else 0.0
-            if not self.budget.allows(what, expected) or not self._has_room(what, tokens):
+            if not self._journal.begin(what) or not self._budget.allows(what, expected):
                 continue
-            begin = time.monotonic()
-            try:
-                yield from self._measure(tokens)
-            except torch.OutOfMemoryError:
-                self.budget.leave_out(what, "the GPU's memory does not hold it")
-            spent, before = time.monotonic() - begin, tokens
+            if self.has_room(what, tokens):
+                begin = time.monotonic()
+                self._measure(what, tokens, self._keep)
+                spent, before = time.monotonic() - begin, tokens
+            self._journal.end()
 
-    def _measure(self, tokens: int) -> Iterator[Row]:
-        with tempfile.TemporaryDirectory(dir=self.directory) as folder:
-            yield from Prompt(self, tokens, Path(folder)).rows()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _measure(self, what: str, tokens: int, keep: Callable[[Row], None]) -> None:
+        """Libraries load their kernels with the first."""
+        with self._bench.attempt(what), tempfile.TemporaryDirectory(dir=self._bench.directory) as folder:
+            Prompt(self._bench, tokens, Path(folder)).measure(keep)
 
-    def _has_room(self, what: str, tokens: int) -> bool:
-        stored = SHARE_STORED * tokens * self.shape.token_bytes
-        disk, memory = shutil.disk_usage(self.directory).free, available_memory()
+    def _keep(self, row: Row) -> None:
+        self._journal.add("rows", row)
+        print_row(row)
+
+    def has_room(self, what: str, tokens: int) -> bool:
+        stored = SHARE_STORED * tokens * self._bench.shape.token_bytes
+        disk, memory = shutil.disk_usage(self._bench.directory).free, available_memory()
         if disk < 2.2 * stored:
-            self.budget.leave_out(what, f"{2.2 * stored / 1e9:.0f} GB of files have no room below {self.directory}")
+            self._budget.leave_out(
+                what, f"{2.2 * stored / 1e9:.0f} GB of files have no room below {self._bench.directory}"
+            )
         elif memory < 1.3 * stored:
-            self.budget.leave_out(what, f"{1.3 * stored / 1e9:.0f} GB have no room in the host's memory")
+            self._budget.leave_out(what, f"{1.3 * stored / 1e9:.0f} GB have no room in the host's memory")
         return disk >= 2.2 * stored and memory >= 1.3 * stored
-
-
-class Prompt:
-    """One prompt of `tokens` tokens, a multiple of the chunk's, and its files in `folder`."""
-
-    def __init__(self, bench: Bench, tokens: int, folder: Path) -> None:
-        self._bench, self._engine, self._folder, self._tokens = bench, bench.engine, folder, tokens
-        generator = torch.Generator().manual_seed(tokens)
-        self._prompt = torch.randint(0, bench.shape.vocabulary, (tokens,), generator=generator)
-        self._loaded = tokens - TAIL
-        self._stored = 0
-
-    def rows(self) -> Iterator[Row]:
-        """Computed, saved, in place, and from each tier. Raises `AssertionError` where a hit is not what was saved."""
-        times, answer = self._repeat(lambda: self._engine.compute(self._prompt))
-        computed, token = median(times), int(answer.logits.argmax())
-        yield self._row("computed", times)
-        yield self._save(answer.kv)
-        expected = fingerprint(self._engine.memory(answer.kv, self._loaded))
-        times, logits = self._finish_in_place(answer.kv)
-        del answer
-        yield self._row("in place", times, computed=computed, same_token_as_one_pass=int(logits.argmax()) == token)
-        self._drop_pages()
-        yield self._row("disk", [read_files(self._folder)], stored_gb=self._stored / 1e9)
-        for what, settings in self._tiers().items():
-            yield self._hits(what, settings, computed, expected, logits)
-
-    def _finish_in_place(self, kv: Any) -> tuple[list[float], torch.Tensor]:
-        kv = self._engine.finish(self._prompt, kv, self._loaded).kv
-
-        def finish() -> Answer:
-            nonlocal kv
-            answer = self._engine.finish(self._prompt, kv, self._loaded)
-            kv = answer.kv
-            return answer
-
-        times, answer = self._repeat(finish)
-        return times, answer.logits
-
-    def _save(self, kv: Any) -> Row:
-        memory = self._engine.memory(kv, self._tokens)
-        assert memory.alike, "kernels cannot read KV whose layers lie differently"
-        with self._open({}) as store:
-            encoder = store.kv.encoder_for(self._bench.place)
-            assert encoder is not None
-            begin = time.perf_counter()
-            self._stored = store.save(self._prompt, DeviceKV.of_layers(memory, encoder)).bytes
-            seconds = time.perf_counter() - begin
-        size = self._tokens * self._bench.shape.token_bytes
-        return {
-            "tokens": self._tokens,
-            "what": "saved",
-            "milliseconds": seconds * 1e3,
-            "bf16_gb": size / 1e9,
-            "stored_gb": self._stored / 1e9,
-            "bits_per_value": 16 * self._stored / size,
-        }
-
-    def _tiers(self) -> dict[str, dict[str, Any]]:
-        room = self._stored * 5 // 4 + 16 * MiB
-        return {
-            "file": {},
-            "NVMe": {"nvme_tier_dir": self._folder / "nvme", "nvme_tier_bytes": room},
-            "host": {"host_tier_bytes": room},
-        }
-
-    def _hits(
-        self, what: str, settings: dict[str, Any], computed: float, expected: list[int], logits: torch.Tensor
-    ) -> Row:
-        if what == "NVMe":
-            with self._open(settings) as store:
-                self._fill(store)
-        with self._open(settings) as store:
-            if what == "host":
-                self._fill(store)
-            read = self._engine.reader(store)
-            read(self._prompt)  # its buffers are there from now on
-            before = store.kv.counters.snapshot()
-            times, answer = self._repeat(lambda: read(self._prompt), self._drop_pages)
-            after = store.kv.counters.snapshot()
-        assert answer.loaded == self._loaded, f"{answer.loaded} of {self._loaded} tokens were loaded from {what}"
-        found = fingerprint(self._engine.memory(answer.kv, self._loaded))
-        assert found == expected, f"what came from {what} is not what was saved"
-        distance = float((answer.logits - logits).abs().max())
-        assert distance == 0, f"logits of a hit from {what} are {distance} off those on the KV that was computed"
-        moved = {name: after.get(name, 0) - before.get(name, 0) for name in READ_FROM.values()}
-        others = {name: size for name, size in moved.items() if size and name != READ_FROM[what]}
-        assert not others, f"{what} was to be read, but {others} came from elsewhere"
-        size = moved[READ_FROM[what]] / len(times)
-        return self._row(what, times, computed=computed, read_gb=size / 1e9, read_gb_s=size / median(times) / 1e9)
-
-    def _fill(self, store: SyncKVStore) -> None:
-        """Read until a tier has all of it. It is offered what was read unless slabs are short: thus a few at once."""
-        hit = store.lookup(self._prompt)
-        for _ in range(PASSES):
-            parts = [hit.chunks[first : first + FILLED_AT_ONCE] for first in range(0, len(hit.chunks), FILLED_AT_ONCE)]
-            missing = [part for part in parts if not store.kv.is_near(store.kv.make_hit(part))]
-            if not missing:
-                return
-            for part in missing:
-                begin = part[0].first_token
-                whole = hit.cut(begin + len(part) * hit.chunk_tokens)
-                for _ in store.stream(whole, first_token=begin, device=self._bench.place):
-                    pass
-                store.runtime.run(store.kv._loader.settle())
-        raise AssertionError("the tier does not keep what was read")
-
-    def _open(self, settings: dict[str, Any]) -> Any:
-        shape = self._bench.shape
-        namespace = Namespace(model=shape.name, revision="random", layout=shape.layout, chunk_tokens=shape.chunk_tokens)
-        given = Settings(chunk_tokens=shape.chunk_tokens, verdict_lifetime_s=1e-3, **settings)
-        return connect((self._folder / "store").as_uri(), namespace, given)
-
-    def _drop_pages(self) -> None:
-        for path in find_files(self._folder):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def _repeat(
-        self, work: Callable[[], Answer], prepare: Callable[[], None] | None = None
-    ) -> tuple[list[float], Answer]:
-        """Seconds of each time, from a GPU at rest to the logits on the host; and the last answer."""
-        times: list[float] = []
-        answer: Answer | None = None
-        while answer is None or (len(times) < ROUNDS and sum(times) + times[-1] < PATIENCE):
-            answer = None  # its memory is for the next
-            if prepare is not None:
-                prepare()
-            if self._bench.device.type == "cuda":
-                torch.cuda.synchronize(self._bench.device)
-            begin = time.perf_counter()
-            answer = work()
-            times.append(time.perf_counter() - begin)
-        return times, answer
-
-    def _row(self, what: str, times: Sequence[float], *, computed: float | None = None, **more: object) -> Row:
-        row: Row = {"tokens": self._tokens, "what": what, "milliseconds": median(times) * 1e3}
-        row |= {"rounds_ms": [seconds * 1e3 for seconds in times]}
-        if computed is not None:
-            row |= {"loaded_tokens": self._loaded, "computed_by_it": computed / median(times)}
-        return row | more
 
 
 def available_memory() -> int:
     """Bytes of the host's memory that can be had, the system's cache of files among them."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def find_files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def read_files(folder: Path) -> float:
-    """Seconds for all files of a folder, as many at once as a store reads, a store's range at a time."""
-    settings = Settings()
-
-    def read(path: Path) -> None:
-        buffer = bytearray(settings.range_bytes)
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(settings.download_concurrency) as threads:
-        list(threads.map(read, find_files(folder)))
-    return time.perf_counter() - begin
-
-
-def fingerprint(memory: LayersMemory) -> list[int]:
-    """For each layer's K and V a sum of all bits, weighted by place, modulo 2^64: where these are equal, KV is."""
-    sums = []
-    for half in (half for layer in memory.layers for half in layer):
-        bits = half.reshape(half.shape[0], -1).view(torch.int16).long()
-        by_column = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B97F4A7C1
-        by_row = torch.arange(1, bits.shape[0] + 1, device=bits.device) * 0x2545F4914F6CDD1D
-        sums.append(((bits * by_column).sum(1) * by_row).sum())
-    return [int(one) for one in torch.stack(sums)]
 
 
 def print_row(row: Row) -> None:
@@ -293,58 +124,82 @@ def print_row(row: Row) -> None:
     print(f"{row['tokens']:7} tokens, {row['what']:9}{row['milliseconds']:10.1f} ms  {line}", flush=True)
 
 
-def describe(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "model": f"{bench.shape.name}, random weights",
-        "engine": bench.engine.name,
-        "rows": list(rows),
-        "left_out": bench.budget.left_out,
-    }
-
-
-def measure(bench: Bench, lengths: Sequence[int], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Figures are printed and kept as they come: nothing is lost where the time ends."""
+def measure(bench: Bench, lengths: Sequence[int]) -> int:
+    """All figures. The exit code."""
     print(f"{bench.shape.name}-shaped model of random weights, {bench.engine.name}, files below {bench.directory}")
-    rows: list[Row] = []
-    for row in bench.rows(lengths):
-        rows.append(row)
-        print_row(row)
-        keep(describe(bench, rows))
-    keep(describe(bench, rows))
+    bench.journal.document.setdefault("rows", [])
+    Prompts(bench).measure(lengths)
+    bench.journal.close()
+    for failed in bench.journal.failed:
+        print(f"FAILED: {failed['what']}: {failed['why']}")
+    return 1 if bench.journal.failed else 0
 
 
-def emulate(path: Path, *, plain: bool, directory: Path) -> dict[str, Any]:
+def describe(engine: Engine, shape: Shape) -> dict[str, Any]:
+    return {"model": f"{shape.name}, random weights", "engine": engine.name}
+
+
+def emulate(path: Path, journal: Journal, *, plain: bool, directory: Path, seconds: float = 600) -> int:
     """All of it on the host, with a tiny model."""
-    host, kept = torch.device("cpu"), {}
+    host = torch.device("cpu")
     with DeviceDecoder(Library(path.resolve(), emulated=True), host, SMALLEST_BUDGET) as decoder:
         engine = open_engine(TINY, host, decoder, plain=plain)
-        measure(Bench(engine, TINY, host, decoder, directory, Budget(600)), TINY_LENGTHS, kept.update)
-    return kept
+        journal.document |= describe(engine, TINY)
+        budget = Budget(seconds, journal.left_out)
+        return measure(Bench(engine, TINY, host, decoder, directory, budget, journal), TINY_LENGTHS)
+
+
+def run_here(options: argparse.Namespace) -> int:
+    """All of it in this process, with files below `options.directory`."""
+    sign = Sign(options.sign) if options.sign is not None else None
+
+    def open_journal(path: Path | None) -> Journal:
+        return Journal(path, {}, part=PART, resume=options.resume, on_sign=sign)
+
+    if options.emulation:
+        journal = open_journal(result_of(options) if options.results else None)
+        plain, seconds = options.plain, options.seconds
+        return emulate(options.emulation, journal, plain=plain, directory=options.directory, seconds=seconds)
+    begin = time.monotonic()
+    machine = find_machine(options.name)
+    if machine is None:
+        return 2
+    journal = open_journal(result_of(options))
+    journal.begin(FIRST_PROMPT)
+    plain = options.plain or any(failed["what"] == FIRST_PROMPT for failed in journal.failed)
+    engine = open_engine(LLAMA_8B, machine.device, machine.device, plain=plain)
+    journal.document |= {"gpu": machine.gpu, **describe(engine, LLAMA_8B)}
+    budget = Budget(options.seconds - (time.monotonic() - begin), journal.left_out)
+    bench = Bench(engine, LLAMA_8B, machine.device, machine.device, options.directory, budget, journal)
+    try:
+        return measure(bench, LENGTHS)
+    except (GpuLostError, EngineError) as error:
+        print(f"this process cannot go on: {error}", flush=True)
+        if isinstance(error, EngineError):
+            journal.fail(FIRST_PROMPT, str(error))
+        journal.end()
+        os._exit(LOST)  # what would be freed now would fail, and might not return
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--name", help="of the result that the figures join (default: gpu-<device>)")
-    parser.add_argument("--seconds", type=float, default=600)
+    add_options(parser)
     parser.add_argument(
         "--directory", type=Path, default=DIRECTORY, help="where files are written (default: build/gpu)"
     )
     parser.add_argument("--plain", action="store_true", help="the model in plain torch")
-    parser.add_argument("--emulation", type=Path, metavar="LIBRARY")
     options = parser.parse_args()
-    budget = Budget(options.seconds)
+    if options.sign is not None:
+        for left in options.directory.iterdir():  # by a process that is gone
+            shutil.rmtree(left)
+        return run_here(options)
     options.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as folder:
-        if options.emulation:
-            emulate(options.emulation, plain=options.plain, directory=Path(folder))
-            return 0
-        machine = find_machine(options.name)
-        if machine is None:
-            return 2
-        engine = open_engine(LLAMA_8B, machine.device, machine.device, plain=options.plain)
-        bench = Bench(engine, LLAMA_8B, machine.device, machine.device, Path(folder), budget)
-        measure(bench, LENGTHS, lambda found: add_to_record(machine.name, {"gpu": machine.gpu, "first_token": found}))
-    return 0
+        options.directory = Path(folder)
+        if options.emulation and not options.results:
+            return run_here(options)
+        more = ["--directory", folder, *(["--plain"] if options.plain else [])]
+        return run_watched(options, [__file__, *more], part=PART, silence=SILENCE)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import PagedCache, Sections, place_streams
+from gpu_cases import PagedCache, Sections
 from gpu_clock import seconds
+from gpu_compare import Expected, check_faults, check_row
+from gpu_decoding import place_streams
 
 from kvstore_s3.codec.device.library import LOSSLESS_JOB, Library
 
@@ -41,6 +43,8 @@ class OverlappedPath:
                 mine["stream"] += np.uint64(self._staged.data_ptr() + place)
                 mine["token_begin"], mine["layer_begin"] = chunk * model.tokens, group * model.group
                 place += sizes[one]
+        self._expected = Expected(sections.values)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._group_jobs = chunks * model.heads
         self._jobs = torch.from_numpy(jobs.reshape(-1).view(np.uint8)).to(device)
         self.faults = torch.full((jobs.size,), -1, dtype=torch.int32, device=device)
@@ -66,14 +70,25 @@ class OverlappedPath:
         jobs = self._jobs.data_ptr() + first * LOSSLESS_JOB.itemsize
         library.lossless_decode(jobs, self._group_jobs, self.cache.pages, self.faults[first:].data_ptr(), stream)
 
+    def spoil(self) -> None:
+        """Forget what was copied and decoded."""
+        self.cache.spoil()
+        self._staged.zero_()
+        self.faults.fill_(-1)
+
+    def check(self) -> None:
+        """Every head decoded, and every section came out as it went in. Raises `AssertionError`."""
+        check_faults(self.faults, "heads")
+        self._expected.check(self.cache, self._model, self._chunks)
+
     def run(self, library: Library) -> None:
         """Copies run ahead on a stream of their own; the current stream decodes each group when it has come."""
-        if self._device.type != "cuda":
+        if self._copies is None:
             for group in range(self._model.groups):
                 self.copy_group(group)
                 self.decode_group(library, group, 0)
             return
-        current, copies = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current, copies = torch.cuda.current_stream(self._device), self._copies
         copies.wait_stream(current)
         for group in range(self._model.groups):
             with torch.cuda.stream(copies):
@@ -86,12 +101,13 @@ def measure_path(library: Library, sections: Sections, chunks: int, device: torc
     """`share_of_copy` is the copy's time by that of the whole; 1 would be decoding hidden altogether."""
     path = OverlappedPath(sections, chunks, device)
     copy = seconds(path.copy_all, device)
-    whole = seconds(lambda: path.run(library), device)
-    assert not path.faults.any(), "some heads did not decode"
-    return {
+    whole = seconds(lambda: path.run(library), device, prepare=path.spoil)
+    row = {
         "chunks": chunks,
+        "milliseconds": whole * 1e3,
         "compressed_gb_s": path.bytes_in / whole / 1e9,
         "bf16_gb_s": path.bytes_out / whole / 1e9,
         "copy_alone_gb_s": path.bytes_in / copy / 1e9,
         "share_of_copy": copy / whole,
     }
+    return check_row(row, path.check)

@@ -7,21 +7,22 @@ The share is that of `Settings.device_share`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
-from gpu_cases import LosslessDecoding, Model, PagedCache, Sections
+from gpu_cases import Model, PagedCache, Sections
 from gpu_clock import current_stream, seconds
+from gpu_compare import check_row
+from gpu_decoding import LosslessDecoding
 from torch.nn import functional
 
 from kvstore_s3.codec.device.library import Library
 from kvstore_s3.devices import allowed_multiprocessors
 
 SHARES = (1.0, 0.5, 0.25, 0.1)
-STEP_TOKENS = (64, 2048)
+STEP_TOKENS, TINY_STEP_TOKENS = (64, 2048), (8,)
 CHUNKS, TINY_CHUNKS = 16, 1
 WINDOW = 0.05
 """Seconds of steps that are timed beside decoding."""
@@ -57,23 +58,21 @@ class Beside:
     window: float
 
 
-def measure_share(library: Library, sections: Sections, device: torch.device) -> Iterator[Row]:
-    """A row for each share and step. Raises `AssertionError` where what was decoded meanwhile is wrong."""
+def measure_share(library: Library, sections: Sections, device: torch.device, tokens: int, share: float) -> Row:
+    """Raises `AssertionError` where what was decoded meanwhile is wrong."""
     on_gpu = device.type == "cuda"
     chunks = CHUNKS if on_gpu else TINY_CHUNKS
-    case = LosslessDecoding(sections, chunks, PagedCache(sections.model, chunks, device), device)
-    for tokens in STEP_TOKENS if on_gpu else (8,):
-        step = Step(tokens, PRODUCTS if on_gpu else TINY_PRODUCTS, device)
-        alone = seconds(step.run, device)
-        for share in SHARES:
-            most = limit_to(library, device, share)
-            try:
-                decoding = seconds(lambda: case.run(library, current_stream(device)), device)
-                beside = run_beside(library, case, step, alone, decoding, device)
-            finally:
-                library.limit_multiprocessors(0)
-            case.check()
-            yield describe(sections.model, chunks, tokens, share, most, alone, decoding, beside)
+    case = LosslessDecoding(library, sections, chunks, PagedCache(sections.model, chunks, device), device)
+    step = Step(tokens, PRODUCTS if on_gpu else TINY_PRODUCTS, device)
+    case.spoil()
+    alone = seconds(step.run, device)
+    most = limit_to(library, device, share)
+    try:
+        decoding = seconds(lambda: case.run(current_stream(device)), device)
+        beside = run_beside(case, step, alone, decoding, device)
+    finally:
+        library.limit_multiprocessors(0)
+    return check_row(describe(sections.model, chunks, tokens, share, most, alone, decoding, beside), case.check)
 
 
 def limit_to(library: Library, device: torch.device, share: float) -> int:
@@ -84,26 +83,22 @@ def limit_to(library: Library, device: torch.device, share: float) -> int:
     return allowed or there
 
 
-def run_beside(
-    library: Library, case: LosslessDecoding, step: Step, alone: float, decoding: float, device: torch.device
-) -> Beside:
+def run_beside(case: LosslessDecoding, step: Step, alone: float, decoding: float, device: torch.device) -> Beside:
     """Steps while another stream decodes all the time. Queued longer where that ended first."""
     if device.type != "cuda":
-        case.run(library, 0)
+        case.run(0)
         return Beside(seconds(step.run, device), 1, decoding)
     steps = max(1, ceil(WINDOW / alone))
     queued = ceil(2 * steps * alone / decoding) + 2
     for _ in range(4):
-        found = _run_beside(library, case, step, steps, queued, device)
+        found = _run_beside(case, step, steps, queued, device)
         if found is not None:
             return found
         queued *= 2
     raise AssertionError("decoding ended before the steps beside it, however much was queued")
 
 
-def _run_beside(
-    library: Library, case: LosslessDecoding, step: Step, steps: int, queued: int, device: torch.device
-) -> Beside | None:
+def _run_beside(case: LosslessDecoding, step: Step, steps: int, queued: int, device: torch.device) -> Beside | None:
     def event() -> Any:
         return torch.cuda.Event(enable_timing=True)
 
@@ -111,7 +106,7 @@ def _run_beside(
     torch.cuda.synchronize(device)
     ends = []
     for _ in range(queued):
-        case.run(library, other.cuda_stream)
+        case.run(other.cuda_stream)
         ends.append(event())
         ends[-1].record(other)
     first, last = event(), event()

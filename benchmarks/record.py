@@ -29,19 +29,8 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 def record(name: str, result: dict[str, Any], *packages: str) -> None:
     """Keep `result` as results/`name`.json, with the machine."""
-    path = _write(name, {"benchmark": name, **result, "machine": describe_machine(*packages)})
-    print(f"kept in {path.relative_to(RESULTS.parent.parent)}")
-
-
-def add_to_record(name: str, part: dict[str, Any]) -> None:
-    """Keep `part` in results/`name`.json beside what another run left there."""
-    path = RESULTS / f"{name}.json"
-    document = json.loads(path.read_text()) if path.exists() else {"benchmark": name}
-    _write(name, {**document, **part})
-
-
-def _write(name: str, document: dict[str, Any]) -> Path:
+    document = {"benchmark": name, **result, "machine": describe_machine(*packages)}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="ascii")
-    return path
+    print(f"kept in {path.relative_to(RESULTS.parent.parent)}")

@@ -1,0 +1,3 @@
+// pybind11 knows std::string_view by itself.
+#pragma once
+#include <nanobind/nanobind.h>
