@@ -81,7 +81,8 @@ KVS_EXPORT int kvs_lossless_encode(const KvsLosslessEncodeJob* jobs /* device */
 KVS_EXPORT int kvs_limit_multiprocessors(std::uint32_t most);
 
 // Whether kernels can run on the current device: 0, or the cudaError_t that says why not (35: the driver is
-// older than the CUDA runtime that is linked in, 209: there is no code for this GPU). Launches nothing.
+// older than the CUDA runtime that is linked in, 209: there is no code for this GPU). It loads all of them,
+// which may wait for what the device does, and launches none.
 KVS_EXPORT int kvs_probe(void);
 
 }  // extern "C"

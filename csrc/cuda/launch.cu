@@ -6,7 +6,19 @@ extern "C" int kvs_limit_multiprocessors(std::uint32_t most) {
   return 0;
 }
 
+extern "C" int kvs_probe() {
+  for (const auto prepare : kvs::all_kernels()) {
+    if (const int error = prepare(); error != 0) return error;
+  }
+  return 0;
+}
+
 #ifndef __CUDACC__
+// For tests: how many kernels kvs_probe loads.
+extern "C" KVS_EXPORT std::uint32_t kvs_emulator_kernels() {
+  return static_cast<std::uint32_t>(kvs::all_kernels().size());
+}
+
 // For tests: another device's shared memory.
 extern "C" KVS_EXPORT int kvs_emulator_limit_shared(std::uint32_t bytes) {
   kvs::most_shared_memory = bytes;

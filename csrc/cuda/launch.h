@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "simt.h"
 
@@ -37,6 +38,19 @@
 namespace kvs {
 
 inline constexpr std::size_t kSharedWithoutAsking = 48 * 1024;  // of a block; more must be asked for
+
+// Makes a kernel ready to be launched on the current device. Answers 0 or a cudaError_t.
+template <typename Kernel>
+int prepare();
+
+// `prepare` of each kernel that the library launches anywhere, complete once the library is loaded.
+inline std::vector<int (*)()>& all_kernels() {
+  static std::vector<int (*)()> kernels;
+  return kernels;
+}
+
+template <typename Kernel>
+inline const bool is_known = (all_kernels().push_back(prepare<Kernel>), true);
 
 #ifdef __CUDACC__
 
@@ -75,11 +89,22 @@ int raise_shared_memory() {
   return error;
 }
 
+// Loads a kernel, which CUDA does at its first use else, where it may wait for what the device does (CUDA
+// programming guide, "Lazy Loading"): then that is not in an engine's step.
+template <typename Kernel>
+int prepare() {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(&run_kernel<Kernel>));
+  if (error != cudaSuccess || found.sharedSizeBytes != 0) return error;
+  return raise_shared_memory<Kernel>();
+}
+
 // Queues `kernel` in `blocks` blocks of `threads` threads; no blocks are no launch. Answers 0 or a
 // cudaError_t of this call: errors that others left behind are neither reported nor cleared.
 template <typename Kernel>
 int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes,
            void* stream) {
+  [[maybe_unused]] const bool& known = is_known<Kernel>;
   if (blocks == 0) return cudaSuccess;
   const void* entry = reinterpret_cast<const void*>(&run_kernel<Kernel>);
   if (shared_bytes > kSharedWithoutAsking) {
@@ -88,13 +113,6 @@ int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, st
   void* arguments[] = {const_cast<Kernel*>(&kernel)};
   return cudaLaunchKernel(entry, dim3(blocks), dim3(threads), arguments, shared_bytes,
                           static_cast<cudaStream_t>(stream));
-}
-
-// Whether the current device can run a kernel. Answers 0 or a cudaError_t.
-template <typename Kernel>
-int probe() {
-  cudaFuncAttributes found;
-  return cudaFuncGetAttributes(&found, reinterpret_cast<const void*>(&run_kernel<Kernel>));
 }
 
 // How many multiprocessors the current device has. Answers 0 or a cudaError_t.
@@ -136,8 +154,14 @@ struct Launch {
 };
 
 template <typename Kernel>
+int prepare() {
+  return 0;
+}
+
+template <typename Kernel>
 int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, std::size_t shared_bytes,
            void* stream) {
+  [[maybe_unused]] const bool& known = is_known<Kernel>;
   if (threads > Kernel::kThreads) {
     std::fprintf(stderr, "kernel emulator: %u threads in a block that is compiled for %u\n", threads,
                  Kernel::kThreads);
@@ -150,11 +174,6 @@ int launch(const Kernel& kernel, std::uint32_t blocks, std::uint32_t threads, st
   } else {
     emulator::launch(kernel, blocks, threads, shared_bytes);
   }
-  return 0;
-}
-
-template <typename Kernel>
-int probe() {
   return 0;
 }
 

@@ -315,8 +315,6 @@ struct LosslessDecode {
 
 }  // namespace kvs
 
-extern "C" int kvs_probe() { return kvs::probe<kvs::LosslessDecode>(); }
-
 extern "C" int kvs_lossless_decode(const KvsLosslessJob* jobs, std::uint32_t count, const KvsPages* pages,
                                    std::uint32_t* faults, void* stream) {
   std::uint32_t multiprocessors = 0;

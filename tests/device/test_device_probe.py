@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import json
 
 import pytest
-from device.emulated import Device
+from device.emulated import CSRC, ON_DEVICE, Device
 
 
 def test_a_device_that_runs_kernels_is_not_refused(device: Device) -> None:
     assert device.library.why_not() is None
+
+
+@pytest.mark.skipif(ON_DEVICE, reason="the emulation counts them")
+def test_asking_loads_every_kernel(device: Device) -> None:
+    kernels = json.loads((CSRC / "cuda" / "budget.json").read_text())["kernels"]
+    assert device.library._calls.kvs_emulator_kernels() == len(kernels)
 
 
 @pytest.mark.parametrize(

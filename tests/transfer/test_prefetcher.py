@@ -98,7 +98,12 @@ async def rig() -> AsyncIterator[MakeRig]:
     rigs: list[Rig] = []
 
     def make(
-        source: Source, *, pages: int = 64, hedge: HedgePolicy | None = None, window: Window | None = None, **limits: int
+        source: Source,
+        *,
+        pages: int = 64,
+        hedge: HedgePolicy | None = None,
+        window: Window | None = None,
+        **limits: int,
     ) -> Rig:
         pool, window, counters = SlabPool(pages * PAGE, pin=False), window or Window(), Counters()
         hedge = hedge or HedgePolicy(0.0)
