@@ -15,7 +15,8 @@ FUZZ_SECONDS ?= 60
 FUZZ_CXX ?= clang++
 FUZZ_DIR := build/fuzz
 # Four at once, for many wait more than they compute; one thread each for torch, or they would stand in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+# Bytecode is kept, whatever the environment says: importing torch and transformers takes many processes seconds without.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # The GPU's half is compiled by `make cuda`; a change there is no reason to install anew.

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from kvstore_s3 import KVLayout
 from kvstore_s3.device_load import Device
@@ -258,6 +257,8 @@ def _attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
     q, k, v = (part.transpose(0, 1)[None] for part in (queries, keys, values))
     given: dict[str, Any] = {"is_causal": True}
     if len(queries) != len(keys):
+        from torch.nn.attention.bias import causal_lower_right  # torch's compiler comes with it, in seconds
+
         # torch's own bias goes through its flash kernel on a GPU; elsewhere it would be a mask, and a warning
         bias: Any = causal_lower_right(len(queries), len(keys))
         given = {"attn_mask": bias if q.is_cuda else bias._materialize(q.device)}
