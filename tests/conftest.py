@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 from slab_watch import watch_slabs
 
 if TYPE_CHECKING:
     from local_server import LocalServer
 
 _KEPT = {"AWS_CA_BUNDLE", "KVSTORE_S3_TEST_REQUIRE_SERVERS", "KVSTORE_S3_TEST_ASSETS"}
+
+# How long an example takes, or its making, says something of the machine and nothing of the property.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # A shell starts background jobs with SIGINT ignored, and programs inherit that; the tests of Ctrl-C need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)

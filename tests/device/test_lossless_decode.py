@@ -212,7 +212,9 @@ def test_values_near_zero_take_their_exponents_modulo_256(device: Device, top: i
     assert_decodes(device, payload, values)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(sections(most_tokens=40), st.sampled_from(ARRANGEMENTS))
 def test_every_section_decodes_as_the_native_decoder_does(device: Device, values: Bits, where: Arrangement) -> None:
     if values.size > 6000:
@@ -316,7 +318,9 @@ def test_states_out_of_range_or_with_another_end_are_refused_where_all_else_fits
     assert_same_verdicts(device, [low, high], (1, 1, 1, 1, 1))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(0, len(STREAM) - 1), st.integers(0, 255)), min_size=1, max_size=4),
@@ -337,7 +341,9 @@ def test_damaged_streams_get_the_native_decoders_verdict(
     assert_same_verdicts(device, streams, BLOCK.shape, where)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_sound_headers_with_random_bytes_behind_them_do_no_harm(device: Device, data: st.DataObject) -> None:
     rng = np.random.Generator(np.random.PCG64(data.draw(st.integers(0, 2**32))))
