@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -22,7 +22,7 @@ from minio import Minio
 from urllib3 import PoolManager
 from urllib3.util import Retry
 
-START_S = 30.0
+START_S = 90.0
 STOP_S = 5.0
 
 
@@ -116,9 +116,20 @@ class LocalServer:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    with reserved_port() as port:
+        return port
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free port of 127.0.0.1 that the system gives to nobody else meanwhile.
+
+    A server that is told to listen on it can, as nobody does yet, and servers set SO_REUSEADDR, too.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 # Runs the command so that it gets SIGTERM when the thread that started it ends, however that comes about.
@@ -182,9 +193,9 @@ def running(
     port: int | None = None,
 ) -> Iterator[LocalServer]:
     """Run a server on a port of 127.0.0.1, a free one unless given, until the end of the block."""
-    with tempfile.TemporaryDirectory(prefix="kvstore-s3-") as scratch:
+    reserved = nullcontext(port) if port else reserved_port()
+    with tempfile.TemporaryDirectory(prefix="kvstore-s3-") as scratch, reserved as chosen:
         log = Path(scratch, "log")
-        chosen = port or free_port()
         endpoint = f"http://127.0.0.1:{chosen}"
         process = spawn(command(chosen), environment, log, bound=True)
         try:

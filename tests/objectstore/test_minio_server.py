@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_server import LocalServer, free_port
+from local_server import LocalServer, reserved_port
 from minio_server import CHECKOUT, read_record
 
 SCRIPT = CHECKOUT / "examples" / "minio_server.py"
 pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def reserved() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
 
 
 def run(*arguments: str | Path) -> str:
@@ -20,8 +27,8 @@ def run(*arguments: str | Path) -> str:
 
 
 @pytest.mark.usefixtures("minio")  # skips where there is none
-def test_it_is_started_once_stopped_once_and_remembers(tmp_path: Path) -> None:
-    home, port = ("--data-dir", tmp_path), str(free_port())
+def test_it_is_started_once_stopped_once_and_remembers(tmp_path: Path, reserved: int) -> None:
+    home, port = ("--data-dir", tmp_path), str(reserved)
     try:
         first = run(*home, "--detach", "--port", port)
         server = read_record(tmp_path)
@@ -41,9 +48,9 @@ def test_it_is_started_once_stopped_once_and_remembers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("minio")
-def test_the_files_that_hold_secrets_are_private(tmp_path: Path) -> None:
+def test_the_files_that_hold_secrets_are_private(tmp_path: Path, reserved: int) -> None:
     try:
-        run("--data-dir", tmp_path, "--detach", "--port", str(free_port()))
+        run("--data-dir", tmp_path, "--detach", "--port", str(reserved))
         assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("*.json")} == {0o600}
     finally:
         run("--data-dir", tmp_path, "--stop")

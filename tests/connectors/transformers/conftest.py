@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -153,11 +153,13 @@ def damage() -> Callable[..., None]:
 def dead_store() -> Callable[[Namespace], AbstractContextManager[SyncKVStore]]:
     """An S3 store at a port where nobody listens."""
 
-    def open_dead(namespace: Namespace) -> AbstractContextManager[SyncKVStore]:
+    @contextmanager
+    def open_dead(namespace: Namespace) -> Iterator[SyncKVStore]:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             endpoint = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        settings = Settings(endpoint_url=endpoint, max_attempts=1, connect_timeout_s=1)
-        return connect("s3://bucket/prefix", namespace, settings, probe=False)
+            settings = Settings(endpoint_url=endpoint, max_attempts=1, connect_timeout_s=1)
+            with connect("s3://bucket/prefix", namespace, settings, probe=False) as store:
+                yield store
 
     return open_dead
