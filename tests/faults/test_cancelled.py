@@ -24,7 +24,7 @@ async def test_nothing_is_written_into_the_buffer_of_a_read_that_was_cancelled(
     filled: Scene, plane: str, fault: Action
 ) -> None:
     data = await asyncio.to_thread(filled.read, filled.keys[0])
-    store = open_store(filled.url, filled.settings(data_plane=plane, read_timeout_s=20.0))
+    store = open_store(filled.url, filled.settings(data_plane=plane, **PATIENT))
     key = filled.keys[0].removeprefix(f"{filled.prefix}/")
     buffer = bytearray(len(data))
     try:

@@ -77,12 +77,17 @@ async def work(scene: Scene, store: KVStore, rounds: int) -> int:
 async def test_no_mixture_of_faults_breaks_a_promise(filled: Scene, tmp_path: Path, seed: int, tiers: str) -> None:
     chance = random.Random(seed)
     local = {"nvme_tier_dir": tmp_path / "tier", "host_tier_bytes": 1024 * 1024} if tiers == "tiers" else {}
-    patience = {"read_timeout_s": 0.3, "breaker_pause_s": 0.05, "verdict_lifetime_s": 0.2, "breaker_failures": 20}
+    patience = {
+        "read_timeout_s": 0.3 * filled.patience,
+        "breaker_pause_s": 0.05,
+        "verdict_lifetime_s": 0.2,
+        "breaker_failures": 20,
+    }
     async with filled.open(**patience, **local) as one, filled.open(**patience) as other:
         filled.proxy.add(Rule("GetObject", Dice(chance, 0.15, OF_READS)), Rule("", Dice(chance, 0.1, ANY)))
         resets = asyncio.create_task(reset_now_and_then(filled, chance))
         engines = (work(filled, store, 6) for store in (one, one, other, other))
-        tokens = await asyncio.wait_for(asyncio.gather(*engines), 90)
+        tokens = await asyncio.wait_for(asyncio.gather(*engines), 180)
         resets.cancel()
         filled.proxy.clear()
         assert sum(tokens) > 0, "nothing at all came through: that is no test"

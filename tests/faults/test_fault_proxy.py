@@ -200,6 +200,7 @@ def test_a_stall_ends_when_the_client_gives_up(
         with pytest.raises(TimeoutError):
             get(client)
         client.close()
+    client.timeout = 5
     assert get(client) == GOOD
 
 

@@ -7,6 +7,7 @@ import datetime
 import ipaddress
 import os
 import ssl
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from objectstore.scripted_server import RESET, STALL, Request, kept, running
 from objectstore.suite import KEY, PATIENCE_S, read
-from objectstore.test_direct import DATA, Scene, descriptors, piece, range_of
+from objectstore.test_direct import DATA, Scene, descriptors, no_more_descriptors_than, piece, range_of
 
 from kvstore_s3.config import MiB
 from kvstore_s3.errors import StoreRefusedError, StoreUnavailableError
@@ -157,8 +158,17 @@ async def test_an_idle_tls_connection_that_the_server_closed_is_no_failure(autho
 
 async def test_a_transfer_over_tls_that_stalls_is_given_up(authority: Authority) -> None:
     stalled = kept("206 Partial Content", b"x" * 10, "Content-Length: 1000", "Content-Range: bytes 0-999/1000") + STALL
-    async with running(lambda _: stalled, tls=authority.context("127.0.0.1")) as server:
-        scene = Scene(server, read_timeout_s=0.3, max_attempts=1)
+    turn = iter([piece])
+
+    def script(request: Request) -> bytes:
+        return next(turn, lambda _: stalled)(request)
+
+    async with running(script, tls=authority.context("127.0.0.1")) as server:
+        scene = Scene(server, read_timeout_s=60.0, max_attempts=1)
+        await read(scene.store, KEY, 0, 10)  # with it, the handshake is over, which may take long
+        plane = scene.store._client._plane
+        plane._limits = replace(plane._limits, window_s=0.3)
+        plane._connections._idle[-1][0]._sock.settimeout(0.3)
         with pytest.raises(StoreUnavailableError, match="did not answer in time"):
             await asyncio.wait_for(read(scene.store, KEY, 0, 1000), PATIENCE_S)
         assert scene.count("slow_transfers") == 1
@@ -185,9 +195,7 @@ async def test_a_cancelled_read_over_tls_ends_at_once_and_leaves_no_connection(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(task, PATIENCE_S)
-        await server.hang_up()
-        await asyncio.sleep(0)
-        assert descriptors() <= before
+        await no_more_descriptors_than(before, server)
         await scene.store.close()
 
 

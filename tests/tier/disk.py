@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import random
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -66,6 +67,15 @@ def temporaries_in(directory: Path) -> list[Path]:
 def used_in(directory: Path) -> int | None:
     """What the shared count says."""
     return parse((directory / "v1" / "usage").read_bytes())[0]
+
+
+def open_below(directory: Path) -> list[str]:
+    """What this process has open in it."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [path for path in found if path.startswith(f"{directory}/")]
 
 
 def check_nothing_leaked(directory: Path, budget: int) -> None:

@@ -14,7 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tier.disk import check_nothing_leaked, content, filled, keep, pieces_in, read, temporaries_in, used_in
+from tier.disk import (
+    check_nothing_leaked,
+    content,
+    filled,
+    keep,
+    open_below,
+    pieces_in,
+    read,
+    temporaries_in,
+    used_in,
+)
 
 from kvstore_s3.metrics import Counters
 from kvstore_s3.tier.base import PAGE
@@ -34,12 +44,11 @@ def counters() -> Counters:
 
 @pytest.fixture
 async def tier(tmp_path: Path, counters: Counters) -> AsyncIterator[NvmeTier]:
-    descriptors = len(os.listdir("/proc/self/fd"))
     tier = NvmeTier(tmp_path / "tier", BUDGET, 2, counters.add)
     tier._writes = Switch(failures=1, pause_s=0.001, longest_s=0.001)
     yield tier
     await tier.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_below(tmp_path) == []
 
 
 def the_file(tier: NvmeTier) -> Path:

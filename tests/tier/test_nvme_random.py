@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from pathlib import Path
 
 import pytest
-from tier.disk import check_nothing_leaked, content, filled, read
+from tier.disk import check_nothing_leaked, content, filled, open_below, read
 
 from kvstore_s3.metrics import Counters
 from kvstore_s3.tier import nvme
@@ -24,7 +23,6 @@ async def test_random_work_reads_only_what_was_offered_and_leaks_nothing(
 ) -> None:
     monkeypatch.setattr(nvme, "_NEWS_S", 0.0)
     chance = random.Random(seed)
-    descriptors = len(os.listdir("/proc/self/fd"))
     counters = Counters()
     tiers = [NvmeTier(tmp_path, BUDGET, 2, counters.add) for _ in range(2)]
     for tier in tiers:
@@ -34,7 +32,7 @@ async def test_random_work_reads_only_what_was_offered_and_leaks_nothing(
     for tier in tiers:
         await tier.close()
     check_nothing_leaked(tmp_path, BUDGET)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_below(tmp_path) == []
     counts = counters.snapshot()
     assert counts["nvme_hit_bytes"] > 0
     assert counts["tier_evictions"] > 0
