@@ -96,7 +96,7 @@ def test_keys_are_equal_in_processes_with_other_hash_seeds(seed: str) -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=200,
     )
     assert run.stdout.split() == [CASES[0]["namespace_hex"], *CASES[0]["keys"]]
 

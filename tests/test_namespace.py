@@ -317,7 +317,7 @@ def from_hub(home: Path, expression: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=200,
     )
     return run.stdout.strip()
 

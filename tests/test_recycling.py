@@ -85,7 +85,7 @@ def test_threads_may_drop_what_another_one_took() -> None:
                 pass
             queue.pop()
 
-    thread = threading.Thread(target=drop)
+    thread = threading.Thread(target=drop, daemon=True)
     thread.start()
     for number in range(200):
         tensor = recycler.empty((MiB,), torch.uint8)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -115,6 +117,15 @@ def test_a_stream_that_is_dropped_is_closed(tmp_path: Path) -> None:
         assert store.kv._loader.slabs.leased == 0
 
 
+def calls_of(frame: FrameType | None) -> set[str]:
+    """The names of all functions that a thread is in."""
+    names = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return names
+
+
 def test_an_interrupt_cancels_the_work_and_waits_for_its_end() -> None:
     runtime = Runtime()
     running = threading.Event()
@@ -130,8 +141,11 @@ def test_an_interrupt_cancels_the_work_and_waits_for_its_end() -> None:
 
     def interrupt() -> None:
         running.wait()
-        time.sleep(0.1)  # until the main thread waits for the result
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        main = threading.main_thread().ident or 0
+        while "result" not in calls_of(sys._current_frames()[main]):
+            time.sleep(0.01)
+        time.sleep(0.1)  # until it sleeps in there
+        signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):

@@ -106,21 +106,21 @@ async def test_once_a_partition_was_met_its_objects_are_asked_for_at_once(monkey
     async with open_rank(url, verdict_lifetime_s=0.001) as store:
         assert (await store.lookup(TOKENS)).tokens == WHOLE
         await asyncio.sleep(0.002)
-        asked, together, most = Asked(store, monkeypatch), 0, 0
+        asked, together, all_asked = Asked(store, monkeypatch), 0, asyncio.Event()
         head = store.objects.head
 
         async def watch(key: str) -> ObjectInfo | None:
-            nonlocal together, most
+            nonlocal together
             together += 1
-            most = max(most, together)
-            await asyncio.sleep(0.01)
-            together -= 1
+            if together == 12:
+                all_asked.set()
+            await all_asked.wait()
             return await head(key)
 
         monkeypatch.setattr(store.objects, "head", watch)
-        assert (await store.lookup(TOKENS)).tokens == WHOLE
+        async with asyncio.timeout(60):  # for ever, were they not all asked in one round
+            assert (await store.lookup(TOKENS)).tokens == WHOLE
         assert asked.heads == {shard.name: 4 for shard in (FULL, *tp(2))}
-        assert most == 12, "all in one round"
 
 
 async def test_a_miss_asks_one_object_of_each_partition(monkeypatch: pytest.MonkeyPatch) -> None:

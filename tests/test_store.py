@@ -14,6 +14,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,7 +259,9 @@ async def test_damage_in_a_late_layer_shrinks_the_stream(tmp_path: Path) -> None
     assert same_bits(groups[1].kv, kv[2:4, :, :64])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), which=st.integers(0, 3))
 def test_any_flipped_bit_ends_the_hit_before_it(tmp_path: Path, position: float, bit: int, which: int) -> None:
     root = tmp_path / "store"
@@ -307,28 +310,31 @@ async def test_an_abandoned_stream_gives_its_buffers_back(tmp_path: Path) -> Non
 
 
 async def test_a_refused_connection_is_an_error_at_open_and_not_a_miss() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    closed = Settings(endpoint_url=f"http://127.0.0.1:{port}", max_attempts=1, connect_timeout_s=1)
-    with pytest.raises((StoreUnavailableError, StoreRefusedError)):
-        async with KVStore.open("s3://bucket/prefix", NAMESPACE, closed):
-            pass
-    async with KVStore.open("s3://bucket/prefix", NAMESPACE, closed, probe=False) as store:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens
+        port = taken.getsockname()[1]
+        closed = Settings(endpoint_url=f"http://127.0.0.1:{port}", max_attempts=1, connect_timeout_s=1)
         with pytest.raises((StoreUnavailableError, StoreRefusedError)):
-            await store.lookup(TOKENS)
+            async with KVStore.open("s3://bucket/prefix", NAMESPACE, closed):
+                pass
+        async with KVStore.open("s3://bucket/prefix", NAMESPACE, closed, probe=False) as store:
+            with pytest.raises((StoreUnavailableError, StoreRefusedError)):
+                await store.lookup(TOKENS)
 
 
-async def test_a_verdict_expires(tmp_path: Path) -> None:
+async def test_a_verdict_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s)
+    monkeypatch.setattr("kvstore_s3.verdicts.time", clock)
     await fill(tmp_path)
     file = objects_in(tmp_path)[2]
     data = file.read_bytes()
     file.write_bytes(_flip(data, len(data) - 1))
-    async with open_at(tmp_path, verdict_lifetime_s=0.2) as store:
+    async with open_at(tmp_path, verdict_lifetime_s=1000) as store:
         assert (await store.load(await store.lookup(TOKENS))).shape[2] == 32
         file.write_bytes(data)  # mended by somebody else
         assert (await store.lookup(TOKENS)).tokens == 32
-        await asyncio.sleep(0.25)
+        ahead_s = 1000.0
         assert (await store.load(await store.lookup(TOKENS))).shape[2] == 64
 
 

@@ -109,7 +109,7 @@ async def test_levels_are_left_out_where_they_would_be_late(tmp_path: Path, monk
         link = SlowLink(store, monkeypatch, 4e6)
         await measured(store)
         all_levels, link.bytes = link.bytes, 0
-        pace = Pace(PrefillSpeed(seconds_per_token=0.01), prompt_tokens=len(TOKENS), deadline_s=all_levels / 4e6 / 2)
+        pace = Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS), deadline_s=all_levels / 4e6 / 2)
         hit = await store.lookup(TOKENS)
         assert (await store.load(hit, pace=pace)).shape[2] == len(TOKENS)
         assert hit.quality in ("balanced", "small")
@@ -122,13 +122,13 @@ async def test_quality_is_never_lowered_unless_that_is_allowed(tmp_path: Path, m
         await store.save(TOKENS, draw_kv())
         SlowLink(store, monkeypatch, 4e6)
         await measured(store)
-        pace = Pace(PrefillSpeed(seconds_per_token=0.01), prompt_tokens=len(TOKENS), deadline_s=0.01)
+        pace = Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS), deadline_s=0.01)
         hit = await store.lookup(TOKENS)
         assert (await store.load(hit, pace=pace)).shape[2] == len(TOKENS)
         assert hit.quality == "near-lossless"
 
 
-@pytest.mark.parametrize("pace", [None, Pace(PrefillSpeed(seconds_per_token=0.001), prompt_tokens=len(TOKENS))])
+@pytest.mark.parametrize("pace", [None, Pace(PrefillSpeed(seconds_per_token=1.0), prompt_tokens=len(TOKENS))])
 async def test_what_lies_behind_a_lost_object_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pace: Pace | None
 ) -> None:

@@ -124,17 +124,18 @@ async def test_a_chunk_that_was_saved_while_a_load_missed_it_is_offered(tmp_path
         await store.save(TOKENS, random_kv())
         hit = await store.lookup(TOKENS)
         groups = store.stream(hit)
-        gone, get_range = asyncio.Event(), store.objects.get_range
+        asked, gone, get_range = asyncio.Event(), asyncio.Event(), store.objects.get_range
 
         async def read_late(key: str, start: int, into: memoryview) -> None:
             if key == hit.chunks[2].object_key:
+                asked.set()
                 await gone.wait()
                 raise ObjectNotFoundError("it was not there when it was asked for")
             await get_range(key, start, into)
 
         store.objects.get_range = read_late  # type: ignore[method-assign]
         loading = asyncio.create_task(anext(groups))
-        await asyncio.sleep(0.01)
+        await asked.wait()
         await store.objects.delete(hit.chunks[2].object_key)
         assert (await store.save(TOKENS, random_kv())).chunks_new == 1
         gone.set()

@@ -88,7 +88,7 @@ def test_a_task_without_a_sign_of_life_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_watch.OVERTIME", 3.0)
+    monkeypatch.setattr("gpu_watch.OVERTIME", 8.0)  # in which it begins, too
     assert run(tmp_path, ["good", "silent", "last"], seconds=0) == 1
     found = read_document(tmp_path / "found.json", None)
     assert found["failed"] == [{"what": "silent", "why": "the time was up: 0 s"}]

@@ -38,13 +38,16 @@ def cpu_seconds() -> float:
 
 
 @pytest.mark.parametrize("verb", [[], ["warm"]])
-def test_help_takes_less_than_300_ms(verb: list[str]) -> None:
-    def measure() -> float:
+def test_help_takes_less_than_300_ms_where_python_takes_12_to_start(verb: list[str]) -> None:
+    """Half of that; but machines differ, and the same one from hour to hour."""
+
+    def measure(*arguments: str) -> float:
         start = cpu_seconds()
-        subprocess.run([sys.executable, "-m", "kvstore_s3.cli", *verb, "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
         return cpu_seconds() - start
 
-    assert min(measure() for _ in range(3)) < 0.3
+    pairs = [(measure("-m", "kvstore_s3.cli", *verb, "--help"), measure("-c", "")) for _ in range(3)]
+    assert min(ours / bare for ours, bare in pairs) < 0.3 / 0.012
 
 
 def test_help_names_every_verb_and_exit_code() -> None:

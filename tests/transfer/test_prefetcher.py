@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 
 import pytest
@@ -350,12 +351,13 @@ async def test_a_range_whose_hedge_won_lies_as_the_others_do(rig: MakeRig) -> No
     assert made.counters.snapshot() == {"hedged_reads": 1, "hedges_won": 1}
 
 
-async def test_reads_teach_when_one_is_late(rig: MakeRig) -> None:
+async def test_reads_teach_when_one_is_late(rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore_s3.transfer.hedged_reads.monotonic", map(float, count()).__next__)  # a read takes 1 s
     hedge = HedgePolicy(0.02)
     made = rig(Source(), hedge=hedge)
     for _ in range(ENOUGH):
         await take(made)
-    assert hedge.late_after(5000) == pytest.approx(0.05)
+    assert hedge.late_after(5000) == pytest.approx(1.0)
 
 
 async def test_a_busy_store_makes_the_window_smaller(rig: MakeRig) -> None:
