@@ -27,6 +27,19 @@ settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_COMPILING = {"device", "emulation", "library", "watched"}
+"""Fixtures that compile the GPU's kernels where nobody has: one worker does for minutes, and the others wait for it."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Compiling is no part of the time that a test may take."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        return
+    for item in items:
+        if _COMPILING.intersection(getattr(item, "fixturenames", ())) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(func_only=True))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Build the servers before the first test: the minutes that it takes, once, would be that test's timeout."""
     wanted = any(item.get_closest_marker("server") for item in session.items)
