@@ -131,6 +131,7 @@ class ProductPath:
         planner, known = self._decoder.scalable, stored.calibration
         assert planner is not None
         first = 0 if known is None else group * model.group
+        calibration = known and stored.once(("all groups", model.groups), lambda: repeat_groups(known, model))
         piece = planner.plan(
             CodedSection(
                 levels,
@@ -145,7 +146,7 @@ class ProductPath:
                 first_position=FIRST_POSITION,
                 object_levels=LEVELS,
                 dtype="bfloat16",
-                calibration=None if known is None else stored.once("all groups", lambda: repeat_groups(known, model)),
+                calibration=calibration,
             )
         )
         assert piece is not None, "kernels do not decode these sections"

@@ -137,12 +137,3 @@ def describe(
         "decode_gb_s_alone": size / decoding / 1e9,
         "decode_gb_s_beside": beside.decodings * size / beside.window / 1e9,
     }
-
-
-def print_share(row: Row) -> None:
-    print(
-        f"decoding on {row['share']:.0%} of the multiprocessors, a step of {row['step_tokens']} tokens: "
-        f"{row['step_ms_alone']:.2f} ms alone, {row['slowdown']:.2f} times that beside it; decoding "
-        f"{row['decode_gb_s_alone']:.0f} GB/s of bf16 alone, {row['decode_gb_s_beside']:.0f} beside",
-        flush=True,
-    )

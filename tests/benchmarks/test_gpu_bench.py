@@ -99,6 +99,15 @@ def test_every_row_is_measured_and_checked(
     assert "decoding on 10% of the multiprocessors, a step of 8 tokens" in printed
 
 
+def test_models_of_other_depths_share_sections_and_not_their_calibration(library: Library) -> None:
+    models = TINY, replace(TINY, name="deeper", layers=2 * TINY.layers)
+    tasks = Tasks(Where(library, HOST, {"smallest": SMALLEST_BUDGET}, (8,), 2**20), models, (1,))
+    journal = Journal(None, {})
+    few = [task for task in tasks if task.what.startswith("the product's path, near-lossless")]
+    assert measure(open_bench(journal), few, journal) == 0
+    assert [row["model"] for row in journal.document["product_path"]] == ["tiny", "deeper"]
+
+
 def test_the_rows_that_matter_most_come_first(library: Library) -> None:
     where = Where(library, torch.device("cuda"), {"default": 2**27, "512 MiB": 2**29}, (64, 2048), 2**30)
     tasks = list(Tasks(where, MODELS, CHUNKS))
