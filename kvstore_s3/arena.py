@@ -6,6 +6,7 @@ import ctypes
 import logging
 import mmap
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvstore_s3.errors import InvalidArgumentError, KVStoreError
@@ -115,8 +116,7 @@ def _pin(memory: mmap.mmap, address: int, size: int, *, insist: bool) -> bool:
     if not (insist or torch.cuda.is_available()):
         return False
     try:
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(runtime.cudaHostRegister(address, size, _REGISTER_PORTABLE))
+        _call_cuda("cudaHostRegister", address, size, _REGISTER_PORTABLE)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         _tell_unpinned(size, error)
         return False
@@ -125,13 +125,36 @@ def _pin(memory: mmap.mmap, address: int, size: int, *, insist: bool) -> bool:
 
 
 def _unpin(address: int) -> None:
-    import torch
-
     try:
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(runtime.cudaHostUnregister(address))
+        _call_cuda("cudaHostUnregister", address)
     except RuntimeError as error:
         log.debug("memory could not be un-page-locked: %s", error)
+
+
+def _call_cuda(name: str, *arguments: int) -> None:
+    """Call the CUDA runtime in a thread of its own, on a GPU that has a context.
+
+    An error stays with its thread: torch finds it behind the next kernel there, and takes that for what failed. And on
+    a GPU without a context the call would make one, of half a gigabyte.
+    """
+    import torch
+
+    def call(gpu: int) -> None:
+        torch.cuda.set_device(gpu)
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(getattr(runtime, name)(*arguments))
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(call, _find_gpu_in_use()).result()
+
+
+def _find_gpu_in_use() -> int:
+    """The one that the calling thread uses, if it has a context, or else the first that has one."""
+    import torch
+
+    own = torch.cuda.current_device()
+    has_context: Any = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
+    return next((gpu for gpu in (own, *range(torch.cuda.device_count())) if has_context(gpu)), own)
 
 
 def _tell_unpinned(size: int, error: Exception) -> None:

@@ -30,7 +30,7 @@ class Runtime:
     """An event loop in a daemon thread. `close` cancels what is still running and waits for it.
 
     `initializer` is the first thing that the thread does; threads that it starts later inherit what that set. The GPU
-    that the caller uses is the thread's, too: memory that it page-locks would make a context on the first one else.
+    that the caller uses is the thread's, too, so that `cuda` is the same for both.
     """
 
     def __init__(self, initializer: Callable[[], None] | None = None) -> None:
@@ -39,8 +39,9 @@ class Runtime:
         self._submitting = threading.Lock()  # what is submitted after the loop's end would be waited for forever
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="kvstore-s3", daemon=True)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            self._loop.call_soon(torch.cuda.set_device, torch.cuda.current_device())
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+        if gpu != 0:  # with which threads begin: to set that would make a context there, if it is not the one in use
+            self._loop.call_soon(torch.cuda.set_device, gpu)
         if initializer is not None:
             self._loop.call_soon(initializer)
         self._thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
 
 import numpy as np
 import pytest
@@ -115,6 +116,68 @@ def test_where_page_locking_fails_the_memory_works_and_one_warning_says_so(
         "4096 bytes of buffers are not page-locked, so copies to the GPU are slower"
     ]
     assert all(not arena.pinned and arena.allocate(1) is not None for arena in arenas)
+
+
+class Gpus:
+    """Two GPUs, of which the second has a context; calls of the runtime by thread and GPU, which fail."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self._own = threading.local()
+
+    def set_device(self, gpu: int) -> None:
+        self._own.gpu = gpu
+
+    def current_device(self) -> int:
+        return getattr(self._own, "gpu", 0)
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        self.calls.append(("register", threading.get_ident(), self.current_device()))
+        return 2 if size > PAGE else 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        self.calls.append(("unregister", threading.get_ident(), self.current_device()))
+        return 0
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    torch = pytest.importorskip("torch")
+    gpus = Gpus()
+
+    def check_error(error: int) -> None:
+        if error:
+            raise RuntimeError("out of memory")
+
+    for name in ("set_device", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, getattr(gpus, name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda gpu: gpu == 1, raising=False)
+    return gpus
+
+
+def test_memory_is_page_locked_on_the_gpu_in_use_and_in_a_thread_to_which_an_error_belongs(gpus: Gpus) -> None:
+    arena = Arena(PAGE)
+    assert arena.pinned
+    arena.close()
+    assert not Arena(2 * PAGE).pinned
+    assert [(call, gpu) for call, _, gpu in gpus.calls] == [("register", 1), ("unregister", 1), ("register", 1)]
+    assert threading.get_ident() not in {thread for _, thread, _ in gpus.calls}
+    assert gpus.current_device() == 0
+
+
+def test_the_callers_own_gpu_comes_first(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda gpu: False)
+    Arena(PAGE).close()
+    assert {gpu for *_, gpu in gpus.calls} == {0}
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda gpu: True)
+    gpus.set_device(1)
+    Arena(PAGE).close()
+    assert [gpu for *_, gpu in gpus.calls] == [0, 0, 1, 1]
 
 
 def test_without_cuda_nothing_is_page_locked_and_nothing_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,3 +160,17 @@ def test_closing_cancels_what_still_runs() -> None:
     runtime.close()
     runtime.close()
     assert future.cancelled()
+
+
+@pytest.mark.parametrize(("used", "expected"), [(0, []), (1, [1])])
+def test_the_thread_uses_the_callers_gpu_and_makes_no_context_on_the_first(
+    monkeypatch: pytest.MonkeyPatch, used: int, expected: list[int]
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: used)
+    monkeypatch.setattr(torch.cuda, "set_device", given.append)
+    runtime = Runtime()
+    runtime.run(asyncio.sleep(0))
+    runtime.close()
+    assert given == expected
