@@ -29,10 +29,12 @@ COMMON = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werr
 # What C++ leaves undefined is an illegal instruction here: a GPU cannot even read across an alignment that a CPU does
 # not mind.
 UNDEFINED = ("-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error")
-FLAGS = (*COMMON, "-O2", *UNDEFINED)
+# As the GPU's own build has it: else libraries of one process would share what their headers define.
+HIDDEN = "-fvisibility=hidden"
+FLAGS = (*COMMON, "-O2", HIDDEN, *UNDEFINED)
 DETECTOR_FLAGS = (*COMMON, "-O2", "-DKVS_RACES")
 # Calls before each access, which the detector takes; the compiler's own runtime for them is not linked.
-WATCHED_FLAGS = (*COMMON, "-O1", "-g1", "-DKVS_RACES", "-fsanitize=thread")
+WATCHED_FLAGS = (*COMMON, "-O1", "-g1", HIDDEN, "-DKVS_RACES", "-fsanitize=thread")
 ON_DEVICE = os.environ.get("KVSTORE_S3_CUDA") == "1"
 """Read when tests are collected: `clean_environment` hides it from them."""
 

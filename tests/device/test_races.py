@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device.emulated import ON_DEVICE, find_compiler
+from device.emulated import ON_DEVICE, Device, find_compiler
 from device.kernel_cases import KINDS, cases_of
 from device.watched import Race, WatchedDevice
 
@@ -46,6 +46,13 @@ def is_of_no_consequence(race: Race) -> bool:
     stored then: nobody reads what was overwritten (HeadScratch)."""
     writer = "kvs::(anonymous namespace)::LosslessCodeKernel at lossless_encode.cu"
     return race.kinds == ("write", "write") and all(place.startswith(writer) for place in race.places)
+
+
+def test_the_watched_kernels_are_not_those_of_another_library_of_this_process(
+    watched: WatchedDevice, device: Device
+) -> None:
+    own, other = (each.library._calls.kvs_emulator_kernels() for each in (watched, device))
+    assert own == other + 1  # that of races/mistakes.cu
 
 
 @pytest.mark.parametrize("kind", KINDS)
