@@ -15,7 +15,7 @@ import torch
 from kvstore_s3.config import Settings
 from kvstore_s3.device_load import Device
 from kvstore_s3.device_save import DeviceKV
-from kvstore_s3.errors import StoreUnavailableError
+from kvstore_s3.errors import DeviceError, StoreUnavailableError
 from kvstore_s3.layout import Shard
 from kvstore_s3.namespace import Namespace
 from kvstore_s3.store import Hit, KVStore, LayerGroup, Pace, Saved, TokenIds
@@ -166,10 +166,17 @@ def _use_here(values: torch.Tensor) -> torch.Tensor:
 
 
 def _put_in_order(kv: torch.Tensor | DeviceKV) -> None:
-    """What the caller's stream computes now is there for the store, whose thread reads behind the default stream."""
+    """What the caller's stream computes now is there for the store, whose thread reads behind the default stream.
+
+    Raises `DeviceError`.
+    """
     if isinstance(kv, torch.Tensor) and kv.is_cuda:
-        event = torch.cuda.current_stream(kv.device).record_event()
-        torch.cuda.default_stream(kv.device).wait_event(event)
+        try:
+            event = torch.cuda.current_stream(kv.device).record_event()
+            torch.cuda.default_stream(kv.device).wait_event(event)
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            raise DeviceError(f"the device failed at an event: {why}") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvstore_s3 import KVLayout, Namespace, connect
-from kvstore_s3.errors import InvalidArgumentError, StoreUnavailableError
+from kvstore_s3.errors import DeviceError, InvalidArgumentError, StoreUnavailableError
 from kvstore_s3.runtime import Runtime
 
 LAYOUT = KVLayout(layers=2, kv_heads=1, head_dim=8, dtype="bfloat16")
@@ -174,3 +174,20 @@ def test_the_thread_uses_the_callers_gpu_and_makes_no_context_on_the_first(
     runtime.run(asyncio.sleep(0))
     runtime.close()
     assert given == expected
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_a_gpu_that_fails_at_a_save_is_a_device_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.device) -> torch.cuda.Stream:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", refuse)
+    kv = torch.zeros(1).as_subclass(OnGpu)
+    with (
+        connect(f"file://{tmp_path}", NAMESPACE) as store,
+        pytest.raises(DeviceError, match=r"event: CUDA error: an illegal memory access was encountered$"),
+    ):
+        store.save([1], kv)
