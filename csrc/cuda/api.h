@@ -85,6 +85,9 @@ KVS_EXPORT int kvs_limit_multiprocessors(std::uint32_t most);
 // which may wait for what the device does, and launches none.
 KVS_EXPORT int kvs_probe(void);
 
+// How many kernels that are.
+KVS_EXPORT std::uint32_t kvs_count_kernels(void);
+
 }  // extern "C"
 
 #include "scalable_api.h"

@@ -13,12 +13,9 @@ extern "C" int kvs_probe() {
   return 0;
 }
 
-#ifndef __CUDACC__
-// For tests: how many kernels kvs_probe loads.
-extern "C" KVS_EXPORT std::uint32_t kvs_emulator_kernels() {
-  return static_cast<std::uint32_t>(kvs::all_kernels().size());
-}
+extern "C" std::uint32_t kvs_count_kernels() { return static_cast<std::uint32_t>(kvs::all_kernels().size()); }
 
+#ifndef __CUDACC__
 // For tests: another device's shared memory.
 extern "C" KVS_EXPORT int kvs_emulator_limit_shared(std::uint32_t bytes) {
   kvs::most_shared_memory = bytes;

@@ -6,22 +6,27 @@ import ctypes
 import json
 
 import pytest
-from device.emulated import CSRC, ON_DEVICE, Device
+from device.emulated import CSRC, Device
 
 
 def test_a_device_that_runs_kernels_is_not_refused(device: Device) -> None:
     assert device.library.why_not() is None
 
 
-@pytest.mark.skipif(ON_DEVICE, reason="the emulation counts them")
 def test_asking_loads_every_kernel(device: Device) -> None:
     kernels = json.loads((CSRC / "cuda" / "budget.json").read_text())["kernels"]
-    assert device.library._calls.kvs_emulator_kernels() == len(kernels)
+    assert device.library._calls.kvs_count_kernels() == len(kernels)
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [(35, "the driver is older"), (209, "no code for this GPU"), (100, "there is no GPU"), (1, "error 1")],
+    [
+        (2, "memory is full"),
+        (35, "the driver is older"),
+        (209, "no code for this GPU"),
+        (100, "there is no GPU"),
+        (1, "error 1"),
+    ],
 )
 def test_the_reason_names_what_to_do(device: Device, monkeypatch: pytest.MonkeyPatch, fault: int, said: str) -> None:
     @ctypes.CFUNCTYPE(ctypes.c_int)

@@ -51,7 +51,7 @@ def is_of_no_consequence(race: Race) -> bool:
 def test_the_watched_kernels_are_not_those_of_another_library_of_this_process(
     watched: WatchedDevice, device: Device
 ) -> None:
-    own, other = (each.library._calls.kvs_emulator_kernels() for each in (watched, device))
+    own, other = (each.library._calls.kvs_count_kernels() for each in (watched, device))
     assert own == other + 1  # that of races/mistakes.cu
 
 

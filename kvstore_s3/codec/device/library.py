@@ -90,6 +90,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
 
 
 _KNOWN_FAULTS = {
+    2: "the GPU's memory is full, so that kernels cannot be loaded; leave some free, and open the store again",
     35: "the driver is older than the CUDA runtime in the library; take a newer one, or build with an older nvcc",
     100: "there is no GPU",
     209: "the library has no code for this GPU; build it again with KVSTORE_S3_CUDA_ARCHITECTURES",
