@@ -52,11 +52,12 @@ def watch(benchmark: Watched) -> int:
         known = read_document(benchmark.path, benchmark.part)
         if "begun" not in known:  # it has ended, or never began
             return code
-        why = f"no sign of life for {benchmark.silence:.0f} s" if silent else _tell(code)
         over = end - time.monotonic() < 1
+        why = f"no sign of life for {benchmark.silence:.0f} s" if silent else _tell(code)
+        why = f"the time was up: {benchmark.seconds:.0f} s" if over else why
         journal = Journal(benchmark.path, {}, part=benchmark.part, resume=True)
         if known.get("under_way"):
-            journal.fail(known["under_way"], f"the time was up: {benchmark.seconds:.0f} s" if over else why)
+            journal.fail(known["under_way"], why)
         if over or len(known["begun"]) == begun:
             journal.close()
             print(f"the benchmark ended: {why}", file=sys.stderr, flush=True)

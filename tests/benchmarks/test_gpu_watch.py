@@ -87,11 +87,14 @@ def test_a_task_without_a_sign_of_life_is_ended(tmp_path: Path) -> None:
     assert len(found["rows"]) == 1
 
 
-def test_a_benchmark_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_ends_when_its_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("gpu_watch.OVERTIME", 8.0)  # in which it begins, too
     assert run(tmp_path, ["good", "silent", "last"], seconds=0) == 1
     found = read_document(tmp_path / "found.json", None)
     assert found["failed"] == [{"what": "silent", "why": "the time was up: 0 s"}]
+    assert capfd.readouterr().err.endswith("the benchmark ended: the time was up: 0 s\n")
     assert len(found["rows"]) == 1
     assert "begun" not in found
 
