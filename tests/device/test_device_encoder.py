@@ -6,6 +6,7 @@ import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from partitions import LAYOUT, TOKENS, WHOLE, draw_kv, part_of, same_bits
 from kvstore_s3 import KVLayout
 from kvstore_s3.codec.device.decoder import SMALLEST_BUDGET as DECODER_BUDGET
 from kvstore_s3.codec.device.decoder import DeviceDecoder
+from kvstore_s3.codec.device.encode_batch import CONTROL_BYTES
 from kvstore_s3.codec.device.encoder import SMALLEST_BUDGET, DeviceEncoder
 from kvstore_s3.codec.device.library import Library
 from kvstore_s3.codec.device.sources import EncodeSection, RevokedError, Source
@@ -110,6 +112,25 @@ async def test_a_device_that_fails_leaves_the_encoding_to_the_cpu(
             assert (await store.save(TOKENS, of_tensor(kv, encoder))).chunks_new == 4
             assert same_bits(await store.load(await store.lookup(TOKENS)), kv[:, :, :WHOLE])
     assert "KV is coded by the CPU: kvs_lossless_encode failed with CUDA error 700" in caplog.messages
+
+
+async def test_where_staging_memory_does_not_fit_the_cpu_codes(
+    tmp_path: Path, encoder: DeviceEncoder, library: CountingLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+
+    def refuse_large(*shape: Any, **options: Any) -> torch.Tensor:
+        if shape[0] == CONTROL_BYTES + encoder._data_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse_large)
+    kv = draw_kv()
+    async with opened(tmp_path) as store:
+        await store.save(TOKENS, of_tensor(kv, encoder))
+        found = await store.load(await store.lookup(TOKENS))
+    assert same_bits(found, kv[:, :, :WHOLE])
+    assert library.heads == 0
 
 
 async def test_memory_that_was_taken_back_is_not_read(tmp_path: Path, encoder: DeviceEncoder) -> None:

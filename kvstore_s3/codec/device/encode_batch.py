@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,16 +30,31 @@ Levels = list[bytes]
 
 
 class EncodeSlot:
-    """Staging memory of one batch, from torch's allocator, and as much on the host for what comes back."""
+    """Streams for one batch, and staging memory, from torch's allocator, with as much on the host for what comes back.
+
+    The memory is there from its first use on: values are fetched without it where there is not enough.
+    """
 
     def __init__(self, device: torch.device, data_bytes: int, streams: Streams) -> None:
         self.streams = streams
-        pin = self.streams.pin
-        with self.streams.decoding():
-            self.control = torch.empty(CONTROL_BYTES, dtype=torch.uint8, pin_memory=pin)
-            self.memory = torch.empty(CONTROL_BYTES + data_bytes, dtype=torch.uint8, device=device)
-            self.fetched = torch.empty(data_bytes, dtype=torch.uint8, pin_memory=pin)
+        self._device, self._data_bytes = device, data_bytes
         self._brought: list[torch.Tensor] = []
+
+    @cached_property
+    def control(self) -> torch.Tensor:
+        return self._allocate(CONTROL_BYTES, pin_memory=self.streams.pin)
+
+    @cached_property
+    def memory(self) -> torch.Tensor:
+        return self._allocate(CONTROL_BYTES + self._data_bytes, device=self._device)
+
+    @cached_property
+    def fetched(self) -> torch.Tensor:
+        return self._allocate(self._data_bytes, pin_memory=self.streams.pin)
+
+    def _allocate(self, size: int, **where: Any) -> torch.Tensor:
+        with self.streams.decoding():
+            return torch.empty(size, dtype=torch.uint8, **where)
 
     @property
     def address(self) -> int:
