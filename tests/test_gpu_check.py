@@ -84,9 +84,9 @@ def test_no_step_hides_another_and_all_are_kept(run: object, tmp_path: Path) -> 
 def test_a_step_that_is_stopped_says_what_it_has_and_ends_what_it_started(run: object, tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stderr=subprocess.DEVNULL)\n"
         "print(child.pid, flush=True)\n"
-        "try:\n    time.sleep(60)\nfinally:\n    print('figures so far')"
+        "try:\n    time.sleep(60)\nfinally:\n    print('figures so far', flush=True)"
     )
     run.do("measured", python(code), limit=10)
     said = (tmp_path / "measured.log").read_text().split("\n")

@@ -98,7 +98,7 @@ class Mark:
 
 class _Marks:
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name not in ("parametrize", "skipif", "usefixtures", "server", "engine", "kernels"):
+        if name not in ("parametrize", "skipif", "usefixtures", "timeout", "server", "engine", "kernels"):
             raise AttributeError(f"this stand-in for pytest knows no mark {name!r}")
 
         def make(*given: Any, **named: Any) -> Any:
