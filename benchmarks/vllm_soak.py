@@ -34,6 +34,7 @@ from record import record  # noqa: E402
 
 BUCKET = "kvstore"
 AT_ONCE = 12
+BLOCKS, BLOCK_TOKENS = 100, 32
 CHUNK_TOKENS = 64
 LONGEST = 900
 QUICK = {
@@ -200,8 +201,8 @@ def run_engine(job: dict[str, Any]) -> int:
         disable_log_stats=False,
         max_model_len=LONGEST + 64,
         max_num_batched_tokens=512,
-        num_gpu_blocks_override=100,
-        block_size=32,
+        num_gpu_blocks_override=BLOCKS,
+        block_size=BLOCK_TOKENS,
         enable_prefix_caching=job["prefix_cache"],  # without, what was asked before comes from the store
         kv_transfer_config=transfer,
     )
@@ -229,14 +230,18 @@ def run_engine(job: dict[str, Any]) -> int:
 
 
 def plan_requests(count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Prompts and lengths of answers. Many prompts go on from another one, or ask it again."""
+    """Prompts and lengths of answers. Many prompts go on from another one, or ask it again. The last ones together fit
+    into the engine's blocks until they are answered, so that some are preempted.
+    """
     chance = random.Random(seed)
     planned: list[tuple[list[int], int]] = []
-    for _ in range(count):
+    tight = min(3 * AT_ONCE, count)
+    for _ in range(count - tight):
         old = chance.choice(planned)[0] if planned and chance.random() < 0.7 else []
         fresh = [chance.randrange(1000) for _ in range(chance.choice((0, 20, 150, 400)) if old else 200)]
         planned.append(((old + fresh)[:LONGEST], chance.choice((2, 4, 8, 40))))
-    return planned
+    length = BLOCKS // AT_ONCE * BLOCK_TOKENS - 4
+    return planned + [([chance.randrange(1000) for _ in range(length)], 60) for _ in range(tight)]
 
 
 def answer_all(llm: Any, planned: list[tuple[list[int], int]], aborts: float, seed: int) -> tuple[dict[str, Any], int]:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
-from local_server import free_port, spawn
+from local_server import reserved_port, spawn
 
 START_S = 280.0
 STOP_S = 60.0
@@ -80,21 +80,21 @@ def serving(
 
     `folder`: an empty directory for what the server needs besides its model.
     """
-    port = free_port()
-    command: Sequence[str] = [
-        *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *arguments),
-    ]
-    log = folder / "serve.log"
-    process = spawn(command, serve_environment(folder) | environment, log, bound=True)
-    try:
-        server = VllmServer(f"http://127.0.0.1:{port}", process, log)
-        wait_healthy(server)
-        yield server
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with reserved_port() as port:
+        command: Sequence[str] = [
+            *(sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+            *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", name, *arguments),
+        ]
+        log = folder / "serve.log"
+        process = spawn(command, serve_environment(folder) | environment, log, bound=True)
+        try:
+            server = VllmServer(f"http://127.0.0.1:{port}", process, log)
+            wait_healthy(server)
+            yield server
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def serve_environment(folder: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs the engine environment: make test-engine")
 import disaggregated_proxy
-from local_server import LocalServer, free_port, spawn
+from local_server import LocalServer, reserved_port, spawn
 from servers import BUCKET
 from vllm_serving import VllmServer, serving, wait_healthy
 
@@ -69,7 +69,7 @@ def site(llama: Path, minio: LocalServer, tmp_path_factory: pytest.TempPathFacto
 
 
 def start_proxy(stack: ExitStack, prefill: str, decode: str, folder: Path) -> VllmServer:
-    port = free_port()
+    port = stack.enter_context(reserved_port())
     command = [sys.executable, disaggregated_proxy.__file__, "--prefill", prefill, "--decode", decode]
     process = spawn([*command, "--port", str(port)], {}, folder / "log", bound=True)
     stack.callback(process.wait)
