@@ -17,6 +17,7 @@ import torch
 
 from kvstore_s3.codec.device.pieces import Form, Target
 from kvstore_s3.codec.device.requests import Deed
+from kvstore_s3.codec.device.streams import working_on
 
 Blocks = npt.NDArray[np.uint32]
 
@@ -129,4 +130,5 @@ def _as_bytes(values: torch.Tensor) -> torch.Tensor:
 
 def _index_of(blocks: Blocks, device: torch.device) -> Any:
     index = torch.from_numpy(blocks.astype(np.int64))
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+    with working_on(device):
+        return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index

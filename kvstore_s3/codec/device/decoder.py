@@ -26,7 +26,7 @@ from kvstore_s3.codec.device.pieces import ALIGNMENT, Piece, Target
 from kvstore_s3.codec.device.requests import Deed, OnQueued, Part, Request, Room, Waiting
 from kvstore_s3.codec.device.scalable_calls import ScalableCalls
 from kvstore_s3.codec.device.scalable_jobs import ScalablePlanner
-from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device
+from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device, working_on
 from kvstore_s3.errors import (
     BitstreamFault,
     DamagedObjectError,
@@ -121,7 +121,8 @@ class DeviceDecoder:
         if self.device.type != "cuda":
             return values
         try:
-            pinned: npt.NDArray[np.generic] = torch.from_numpy(np.array(values)).pin_memory().numpy()
+            with working_on(self.device):
+                pinned: npt.NDArray[np.generic] = torch.from_numpy(np.array(values)).pin_memory().numpy()
         except _FAILURES as error:
             raise _failed(error, "page-locked memory for what decoding needs") from error
         return pinned
@@ -146,7 +147,8 @@ class DeviceDecoder:
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the host to copy values from, page-locked where there is a GPU."""
         try:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+            with working_on(self.device):
+                return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
         except _FAILURES as error:
             raise _failed(error, "page-locked memory for values") from error
 

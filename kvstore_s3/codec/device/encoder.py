@@ -26,7 +26,7 @@ from kvstore_s3.codec.device.lossless_encode_jobs import plan_lossless
 from kvstore_s3.codec.device.scalable_encode import ScalableEncodeCalls
 from kvstore_s3.codec.device.scalable_encode_jobs import ScalableEncodePlanner, SectionInPages
 from kvstore_s3.codec.device.sources import EncodeSection, Lossy, Readable, Source
-from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device
+from kvstore_s3.codec.device.streams import Mark, Streams, copy_in, name_fully, open_streams, use_device, working_on
 from kvstore_s3.errors import DeviceError, InvalidArgumentError, StoreUnavailableError
 
 log = logging.getLogger("kvstore_s3")
@@ -120,7 +120,8 @@ class DeviceEncoder:
     def staging(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Memory of the host to fetch values to, page-locked where there is a GPU."""
         try:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+            with working_on(self.device):
+                return torch.empty(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
         except _FAILURES as error:
             raise _failed(error, "page-locked memory for values") from error
 

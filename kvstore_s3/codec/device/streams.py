@@ -165,6 +165,14 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def working_on(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, the calling thread works with `device`, if it is a GPU.
+
+    To page-lock memory needs it, too: torch asks for events then, which makes a context on the thread's own GPU.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def copy_in(streams: Streams, values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """A copy of an array, there when this returns; its memory is the decode stream's."""
     source = torch.from_numpy(np.array(values))
