@@ -53,9 +53,10 @@ test-servers: venv ## the tests against real S3 servers: MinIO and versitygw (bu
 test-engine: venv ## the tests against a real vLLM on the CPU, in an environment of its own
 	@.ci/engine-test
 
-test-kernels: venv ## the GPU's kernels without one: data races, orders, and what nvcc made of them (fetched where absent)
+test-kernels: venv ## the GPU's half without one: data races, orders, what nvcc (fetched where absent) makes of kernels, torch's CUDA calls
 	@$(PYTEST) -m kernels
 	@$(BIN)/python .ci/ptx-test
+	@$(BIN)/python .ci/fake-gpu-test
 
 check: venv ## format, lint, types, architecture
 	@$(BIN)/ruff format --check .
