@@ -25,8 +25,8 @@
 namespace {
 
 constexpr int kDevices = 2;
-constexpr std::size_t kMemory = std::size_t{80} << 30;
-constexpr int kSharedOfABlock = 232448;  // of compute capability 9.0
+constexpr std::size_t kMemory = std::size_t{80} << 30;  // of each device
+constexpr int kSharedOfABlock = 232448;                 // of compute capability 9.0
 
 enum class Place { kDevice, kAllocated, kRegistered };
 
@@ -51,6 +51,7 @@ struct State {
   std::map<std::string, int> calls;
   std::set<int> contexts;
   std::map<std::uintptr_t, Range> memory;
+  std::size_t limit = kMemory;  // what tests leave of it
   Failure failure;
   bool failed = false;  // the last failure that was asked for
 };
@@ -105,6 +106,15 @@ const Range* find(const void* address) {  // with the mutex
   return at < begin + range.size ? &range : nullptr;
 }
 
+std::size_t count_free() {
+  const std::lock_guard lock(state().mutex);
+  std::size_t used = 0;
+  for (const auto& [begin, range] : state().memory) {
+    if (range.place == Place::kDevice && range.device == current) used += range.size;
+  }
+  return state().limit - std::min(used, state().limit);
+}
+
 bool is_on_device(const void* address, std::size_t size) {
   const std::lock_guard lock(state().mutex);
   const Range* range = find(address);
@@ -127,6 +137,7 @@ bool remove(const void* address, Place place) {
 
 cudaError_t allocate(void** address, std::size_t size, Place place) {
   constexpr std::size_t kAlignment = 4096;
+  if (place == Place::kDevice && size > count_free()) return answer(cudaErrorMemoryAllocation);
   *address = std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
   if (*address == nullptr) return answer(cudaErrorMemoryAllocation);
   std::memset(*address, 0xA5, std::min(size, std::size_t{1} << 20));  // nobody expects anything of it
@@ -189,6 +200,11 @@ ANSWER int fake_calls(const char* name) {
 ANSWER int fake_has_context(int device) {
   const std::lock_guard lock(state().mutex);
   return state().contexts.contains(device);
+}
+
+ANSWER void fake_limit_memory(std::size_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  state().limit = bytes;
 }
 
 // The nth call of this name from now on fails, once, in whichever thread; no name: none does.
@@ -264,7 +280,8 @@ ANSWER cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
 }
 
 ANSWER cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
-  *free = *total = kMemory;
+  *free = count_free();
+  *total = kMemory;
   return enter(__func__);
 }
 

@@ -5,10 +5,11 @@ These tests run in a process of their own (.ci/fake-gpu-test).
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 
@@ -21,7 +22,7 @@ from partitions import NAMESPACE, TOKENS, WHOLE, draw_kv, new_url, same_bits
 
 from kvstore_s3 import Settings, connect
 from kvstore_s3.arena import Arena
-from kvstore_s3.errors import KVStoreError
+from kvstore_s3.errors import DeviceError, KVStoreError
 from kvstore_s3.runtime import SyncKVStore
 
 RECORDING = ("cudaEventCreateWithFlags", "cudaEventRecordWithFlags")
@@ -49,6 +50,20 @@ def load(store: SyncKVStore, kv: torch.Tensor) -> torch.Tensor:
 def save(store: SyncKVStore, kv: torch.Tensor) -> torch.Tensor:
     store.save(TOKENS, kv)
     return store.load(store.lookup(TOKENS))
+
+
+def is_right(found: torch.Tensor) -> bool:
+    return same_bits(found.cpu(), HOST[:, :, :WHOLE])
+
+
+@contextmanager
+def opened(verb: Verb) -> Iterator[SyncKVStore]:
+    torch.cuda.empty_cache()
+    torch._C._host_emptyCache()  # so that memory is asked of the runtime
+    with connect(new_url(), NAMESPACE, Settings(layer_group=2)) as store:
+        if verb is load:
+            store.save(TOKENS, HOST)
+        yield store
 
 
 @contextmanager
@@ -85,11 +100,7 @@ def mark_records(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_call_that_fails_is_an_error_or_nothing(verb: Verb, call: str) -> None:
     kv = HOST.to("cuda")
     for nth in itertools.count(1):
-        torch.cuda.empty_cache()
-        torch._C._host_emptyCache()  # so that memory is asked of the runtime
-        with connect(new_url(), NAMESPACE, Settings(layer_group=2)) as store:
-            if verb is load:
-                store.save(TOKENS, HOST)
+        with opened(verb) as store:
             found = None
             with failing(call, nth), suppress(KVStoreError):
                 found = verb(store, kv)
@@ -101,8 +112,17 @@ def test_a_call_that_fails_is_an_error_or_nothing(verb: Verb, call: str) -> None
     assert nth > 1, f"{verb.__name__} does not call {call}"
 
 
-def is_right(found: torch.Tensor) -> bool:
-    return same_bits(found.cpu(), HOST[:, :, :WHOLE])
+@pytest.mark.parametrize("verb", [load, save])
+def test_a_full_memory_is_an_error_or_left_to_the_cpu(verb: Verb) -> None:
+    kv = HOST.to("cuda")
+    with opened(verb) as store:
+        RUNTIME.fake_limit_memory(ctypes.c_size_t(16 << 20))  # less than a batch takes
+        try:
+            with nullcontext() if verb is save else pytest.raises(DeviceError, match="out of memory"):
+                assert is_right(verb(store, kv))
+        finally:
+            RUNTIME.fake_limit_memory(ctypes.c_size_t(80 << 30))
+        assert is_right(verb(store, kv))
 
 
 @pytest.mark.parametrize("call", ["cudaHostRegister", "cudaHostUnregister"])
