@@ -124,7 +124,10 @@ bool is_on_device(const void* address, std::size_t size) {
 
 void add(const void* address, Range range) {
   const std::lock_guard lock(state().mutex);
-  state().memory[reinterpret_cast<std::uintptr_t>(address)] = range;
+  auto& memory = state().memory;
+  const auto at = reinterpret_cast<std::uintptr_t>(address);
+  memory.erase(memory.lower_bound(at), memory.lower_bound(at + range.size));  // unmapped while page-locked
+  memory[at] = range;
 }
 
 bool remove(const void* address, Place place) {

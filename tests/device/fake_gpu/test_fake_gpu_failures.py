@@ -6,6 +6,7 @@ These tests run in a process of their own (.ci/fake-gpu-test).
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -69,11 +70,13 @@ def opened(verb: Verb) -> Iterator[SyncKVStore]:
 @contextmanager
 def failing(call: str, nth: int) -> Iterator[None]:
     """The nth call of this name fails; `RUNTIME.fake_failed` says whether there was one."""
+    gc.disable()  # it could free page-locked memory while an event is recorded
     RUNTIME.fake_fail(call.encode(), nth, call in RECORDING)
     try:
         yield
     finally:
         RUNTIME.fake_fail(b"", 0, False)  # leaves the answer
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
