@@ -29,7 +29,7 @@ REPOSITORY = HERE.parent.parent.parent
 CUDA = REPOSITORY / "csrc" / "cuda"
 ARCHITECTURE = os.environ.get("KVSTORE_S3_TEST_PTX_ARCHITECTURE", "compute_90")
 COMMON = ["-std=c++20", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-HOST = [*COMMON, "-O2", f"-I{CUDA}", "-include", str(HERE / "launch_hook.h"), "-x", "c++"]
+HOST = [*COMMON, "-O2", "-fvisibility=hidden", f"-I{CUDA}", "-include", str(HERE / "launch_hook.h"), "-x", "c++"]
 INTERPRETER = [*COMMON, "-O2", "-ftree-vectorize", "-march=native", "-fwrapv", "-fno-strict-aliasing"]
 LOWEST_FIRST, AT_RANDOM = 0, 1
 
