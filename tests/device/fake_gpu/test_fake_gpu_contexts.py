@@ -16,23 +16,15 @@ if "KVSTORE_S3_TEST_FAKE_GPU" not in os.environ:
 
 import torch
 from device.fake_gpu.operators import RUNTIME
+from device.test_device_transformers import CHUNK, CONFIG, PROMPT
 from partitions import NAMESPACE, TOKENS, WHOLE, draw_kv, same_bits
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from kvstore_s3 import KVLayout, KVStore, Namespace, Settings, connect
 from kvstore_s3.connectors.transformers import PrefixCache
 
 SECOND = torch.device("cuda:1")
 SETTINGS = Settings(layer_group=2)
-CONFIG = LlamaConfig(
-    vocab_size=300,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +61,10 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     torch.manual_seed(7)
     model = LlamaForCausalLM(CONFIG).to(torch.bfloat16).to(SECOND).eval()
     layout = KVLayout.from_config(CONFIG, dtype=torch.bfloat16)
-    namespace = Namespace(model="tiny", revision="1", layout=layout, chunk_tokens=32)
-    prompt = torch.randint(0, 300, (1, 69), generator=torch.Generator().manual_seed(1))
-    with connect(f"file://{tmp_path}", namespace, Settings(chunk_tokens=32)) as store:
+    namespace = Namespace(model="tiny", revision="1", layout=layout, chunk_tokens=CHUNK)
+    with connect(f"file://{tmp_path}", namespace, Settings(chunk_tokens=CHUNK)) as store:
         cache = PrefixCache(model, store)
-        answers = [cache.generate(prompt, max_new_tokens=4, do_sample=False)[0].tolist() for _ in range(2)]
+        answers = [cache.generate(PROMPT, max_new_tokens=4, do_sample=False)[0].tolist() for _ in range(2)]
     assert cache.last is not None
-    assert cache.last.loaded_tokens == 69 - 32
+    assert cache.last.loaded_tokens == 2 * CHUNK + 5
     assert answers[0] == answers[1]
