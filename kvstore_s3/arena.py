@@ -149,11 +149,14 @@ def _call_cuda(name: str, *arguments: int) -> None:
 
 
 def _find_gpu_in_use() -> int:
-    """The one that the calling thread uses, if it has a context, or else the first that has one."""
+    """The one that the calling thread uses, if it has a context, or else the first that has one.
+
+    Where torch does not say which have one (it has no public name for that), the calling thread's.
+    """
     import torch
 
     own = torch.cuda.current_device()
-    has_context: Any = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
+    has_context: Any = getattr(torch._C, "_cuda_hasPrimaryContext", lambda _: False)
     return next((gpu for gpu in (own, *range(torch.cuda.device_count())) if has_context(gpu)), own)
 
 

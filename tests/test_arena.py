@@ -180,6 +180,15 @@ def test_the_callers_own_gpu_comes_first(gpus: Gpus, monkeypatch: pytest.MonkeyP
     assert [gpu for *_, gpu in gpus.calls] == [0, 0, 1, 1]
 
 
+def test_a_torch_that_does_not_tell_of_contexts_is_no_error(gpus: Gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.delattr(torch._C, "_cuda_hasPrimaryContext")
+    arena = Arena(PAGE)
+    assert arena.pinned
+    arena.close()
+    assert {gpu for *_, gpu in gpus.calls} == {0}
+
+
 def test_without_cuda_nothing_is_page_locked_and_nothing_said(caplog: pytest.LogCaptureFixture) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

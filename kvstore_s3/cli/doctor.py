@@ -46,7 +46,7 @@ class Gpu:
 
 
 def examine() -> Report:
-    """Look at everything, touch nothing. Exit code 1 where even the CPU half does not work."""
+    """Look at everything, change nothing. Exit code 1 where even the CPU half does not work."""
     native, native_data = _native_line()
     library, library_reason = _find_gpu_library()
     found = library is not None

@@ -148,7 +148,7 @@ def build(cache: Path, *, watched: bool = False) -> Path:
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         compiler = find_compiler()
-        common = _digest([compiler, _run([*compiler, "--version"])], sorted(CSRC.rglob("*.h")))
+        common = _digest([compiler, run_command([*compiler, "--version"])], sorted(CSRC.rglob("*.h")))
         sources = [(source, WATCHED_FLAGS if watched else FLAGS) for source in _sources()]
         if watched:
             sources += [(RACES / "detector.cpp", DETECTOR_FLAGS), (RACES / "mistakes.cu", WATCHED_FLAGS)]
@@ -174,7 +174,7 @@ def _make(cache: Path, name: str, suffix: str, command: _Command) -> Path:
     made = cache / (name + suffix)
     if not made.exists():
         unfinished = cache / f"unfinished{suffix}"
-        _run(command(str(unfinished)))
+        run_command(command(str(unfinished)))
         unfinished.rename(made)
     return made
 
@@ -191,7 +191,8 @@ def _digest(texts: Iterable[object], files: Iterable[Path]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
+    """What it printed. Raises `RuntimeError` with what it said where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import blake3
-from device.emulated import Array, EmulatedDevice, GuardedBuffer
+from device.emulated import Array, EmulatedDevice, GuardedBuffer, run_command
 
 from kvstore_s3.codec.device.library import Library
 
@@ -138,7 +137,7 @@ class PtxDevice(EmulatedDevice):
 def find_nvcc() -> str:
     """The pinned one, as for the budget, unless CUDACXX names another."""
     asked = os.environ.get("CUDACXX")
-    return asked or _run([sys.executable, str(REPOSITORY / ".ci" / "cuda-venv"), "--nvcc"]).strip()
+    return asked or run_command([sys.executable, str(REPOSITORY / ".ci" / "cuda-venv"), "--nvcc"]).strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +150,7 @@ class Step:
     def run(self) -> Path:
         if not self.made.exists():
             unfinished = self.made.with_name(f"unfinished-{self.made.name}")
-            _run([*self.command, "-o", str(unfinished)])
+            run_command([*self.command, "-o", str(unfinished)])
             unfinished.rename(self.made)
         return self.made
 
@@ -163,7 +162,7 @@ def compile_modules(cache: Path, nvcc: str, architecture: str = ARCHITECTURE) ->
     assert listed is not None
     flags = [flag for flag in listed.group(1).split(";") if not flag.startswith("-Xcompiler")]
     flags += ["-std=c++20", "-O3", "-DNDEBUG", f"-arch={architecture}", "-ptx"]
-    common = _digest([nvcc, _run([nvcc, "--version"]), *flags], _headers())
+    common = _digest([nvcc, run_command([nvcc, "--version"]), *flags], _headers())
     return [
         Step(cache / f"{source.stem}-{_digest([common], [source])}.ptx", [nvcc, *flags, str(source)])
         for source in sorted(CUDA.glob("*.cu"))
@@ -172,8 +171,8 @@ def compile_modules(cache: Path, nvcc: str, architecture: str = ARCHITECTURE) ->
 
 def compile_objects(cache: Path, compiler: list[str]) -> list[Step]:
     """The interpreter, and the host's half of the GPU library."""
-    machine = _run([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    common = [*compiler, _run([*compiler, "--version"]), machine]
+    machine = run_command([*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    common = [*compiler, run_command([*compiler, "--version"]), machine]
     jobs = [(source, INTERPRETER, sorted(HERE.glob("*.h"))) for source in sorted(HERE.glob("*.cpp"))]
     host = [*_headers(), HERE / "launch_hook.h"]
     jobs += [(source, HOST, host) for source in sorted([*CUDA.glob("*.cu"), *CUDA.glob("*.cpp")])]
@@ -208,10 +207,3 @@ def _digest(texts: Sequence[object], files: Sequence[Path]) -> str:
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:24]
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-    return done.stdout
